@@ -1,0 +1,30 @@
+# A virtual environment of its own, made once; every target needs Python 3.10+ and make, nothing else.
+PYTHON ?= python3
+TORCH ?= torch>=2.11,<2.16
+TRITON ?= triton>=3.6
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-gpu lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo/run.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)"
+	$(BIN)/python -m pip install -q -e ".[test,quantize]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output

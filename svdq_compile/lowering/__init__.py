@@ -1,0 +1,1 @@
+"""Which kernel computes a linear, and why."""

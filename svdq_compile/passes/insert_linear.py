@@ -1,0 +1,120 @@
+"""``F.linear`` on a quantised weight becomes ``svdq::linear`` on its components, in Dynamo's graph.
+
+The weight's fingerprint is the only evidence used: no module names, which regional compilation makes relative, and
+no values, which differ between the blocks that share the compiled graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import operator
+
+import torch
+from torch import fx
+
+from .. import _compat
+from ..errors import FingerprintError
+from ..ops.linear import linear
+from ..ops.weight import Fingerprint, SVDQWeight, check_components
+from ..spec import COMPONENTS
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """One linear the pass rewrote: its node, what its weight is, and where it runs."""
+
+    node: str
+    fingerprint: Fingerprint
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the pass did to one graph.
+
+    Args:
+        matched: the linears it rewrote.
+        left: (node, reason) of the linears it left.
+    """
+
+    matched: tuple[Match, ...]
+    left: tuple[tuple[str, str], ...]
+
+    def summary(self) -> str:
+        text = f"{len(self.matched)} linears became svdq::linear, {len(self.left)} were left"
+        return text + "".join(f"\n  left {node}: {reason}" for node, reason in self.left)
+
+
+def insert_linear(gm: fx.GraphModule) -> Report:
+    """Rewrites a Dynamo graph in place; placeholders stay, so Dynamo's own view of the graph stays valid.
+
+    Raises:
+        FingerprintError: a weight's components do not look the way its fingerprint says, or a quantised weight is
+            used by something other than a linear.
+    """
+    matched: list[Match] = []
+    left: list[tuple[str, str]] = []
+    parts_of: dict[fx.Node, dict[str, fx.Node | None]] = {}
+    before = gm.graph.python_code("self").src if log.isEnabledFor(logging.DEBUG) else ""
+    for node in list(gm.graph.find_nodes(op="call_function", target=_compat.FUNCTIONAL_LINEAR)):
+        x, weight, bias = _operands(node)
+        value = _value(weight)
+        if not isinstance(value, SVDQWeight):
+            left.append((node.name, "the weight is not quantised"))
+            continue
+        check_components(value.parts(), value.spec)
+        if weight not in parts_of:
+            parts_of[weight] = _read_components(gm.graph, weight, value)
+        with gm.graph.inserting_before(node):
+            components = (parts_of[weight][name] for name in COMPONENTS)
+            new = gm.graph.call_function(linear, (x, *components, bias, value.fingerprint.compute))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        matched.append(Match(new.name, value.fingerprint, value.device))
+    _check_uses(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    report = Report(tuple(matched), tuple(left))
+    log.debug("before insert_linear:\n%s\nafter:\n%s\n%s", before, gm.code, report.summary())
+    return report
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    names = ("input", "weight", "bias")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given["input"], given["weight"], given.get("bias")
+
+
+def _value(node: object) -> object:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _read_components(graph: fx.Graph, weight: fx.Node, value: SVDQWeight) -> dict[str, fx.Node | None]:
+    """Attribute reads of the weight's components, right behind the weight; AOTAutograd turns them into inputs."""
+    nodes: dict[str, fx.Node | None] = dict.fromkeys(COMPONENTS)
+    behind = weight.next
+    while behind.op == "placeholder":
+        behind = behind.next
+    with graph.inserting_before(behind):
+        for name, part in value.parts().items():
+            nodes[name] = graph.call_function(getattr, (weight, name))
+            nodes[name].meta["example_value"] = part
+    return nodes
+
+
+def _check_uses(graph: fx.Graph) -> None:
+    """Every quantised weight is read by component only."""
+    for node in graph.nodes:
+        if not isinstance(_value(node), SVDQWeight):
+            continue
+        for user in node.users:
+            if user.op == "output" or user.target in (getattr, operator.getitem):
+                continue
+            raise FingerprintError(
+                f"a quantised weight ({_value(node).spec.describe()}) is used by {user.format_node()}, not by a linear.\n"
+                "  hint:   use it as a layer; reading, merging or re-scaling it needs dense values"
+            )
