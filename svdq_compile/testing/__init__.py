@@ -1,0 +1,1 @@
+"""Helpers that tests, benchmarks and users of this package share."""

@@ -1,0 +1,172 @@
+"""The weight behaves like a parameter wherever a parameter is moved, copied or saved, and like nothing else."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from svdq_compile.errors import DenseWeightError, FingerprintError
+from svdq_compile.ops.weight import SVDQWeight, take
+from svdq_compile.spec import Format
+from svdq_compile.testing.oracle import assert_bits_equal
+from svdq_compile.testing.weights import random_linear
+
+FORMATS = [Format.NVFP4_SVD, Format.NVFP4, Format.FP8]
+
+
+@pytest.fixture(params=FORMATS, ids=str)
+def layer(request):
+    return random_linear(32, 48, format=request.param, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+
+def assert_same_weight(a: SVDQWeight, b: SVDQWeight) -> None:
+    assert a.fingerprint == b.fingerprint
+    assert a.parts().keys() == b.parts().keys()
+    for name, part in a.parts().items():
+        assert_bits_equal(part, b.parts()[name])
+
+
+def test_it_looks_like_the_dense_weight(layer):
+    assert type(layer) is nn.Linear
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.shape == (32, 48)
+    assert layer.weight.dtype == torch.bfloat16
+    assert "32" in repr(layer.weight)
+    assert layer.weight.packed_nbytes() == sum(p.nbytes for p in layer.weight.parts().values())
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda w: w + 1,
+        lambda w: w.t(),
+        lambda w: w @ w,
+        lambda w: w.float().sum(),
+        lambda w: w.mul_(2),
+        lambda w: w[0],
+        lambda w: w.numpy(),
+        lambda w: torch.cat((w, w)),
+        lambda w: torch.equal(w, w),
+        lambda w: w.reshape(-1),
+        lambda w: F.linear(torch.zeros(48), torch.zeros(32, 48), w),
+        lambda w: F.linear(w, torch.zeros(8, 48)),
+        lambda w: w.copy_(torch.zeros(32, 48)),
+        lambda w: torch.zeros(32, 48).copy_(w),
+        lambda w: w.tolist(),
+    ],
+    ids=["add", "t", "matmul", "sum", "mul_", "index", "numpy", "cat", "equal", "reshape", "as_bias", "as_input"]
+    + ["copy_from_dense", "copy_to_dense", "tolist"],
+)
+def test_whatever_needs_dense_values_raises(layer, operation):
+    with pytest.raises((DenseWeightError, RuntimeError, TypeError)) as caught:
+        operation(layer.weight)
+    assert isinstance(caught.value, DenseWeightError) or "SVDQWeight" in str(caught.value) or "numpy" in str(caught.value)
+
+
+def test_deepcopy_owns_its_tensors(layer, x):
+    twin = copy.deepcopy(layer)
+    expected = layer(x)
+    layer.weight.qweight.zero_()
+    assert_bits_equal(twin(x), expected)
+
+
+def test_to_dtype_leaves_packed_data_alone(layer, x):
+    before = {name: part.clone() for name, part in layer.weight.parts().items()}
+    layer.to(torch.float16)
+    assert layer.weight.dtype == torch.float16
+    assert layer(x.half()).dtype == torch.float16
+    for name, part in layer.weight.parts().items():
+        assert_bits_equal(part, before[name])
+
+
+def test_to_device_moves_every_component(layer):
+    moved = layer.to("meta")
+    assert moved.weight.device.type == "meta"
+    assert {part.device.type for part in moved.weight.parts().values()} == {"meta"}
+
+
+def test_state_dict_round_trips(layer, x):
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    assert_same_weight(state["weight"], layer.weight)
+    for assign in (False, True):
+        other = random_linear(32, 48, format=layer.weight.spec.format)
+        other.load_state_dict(state, assign=assign)
+        assert_bits_equal(other(x), expected)
+
+
+def test_loading_another_layout_is_refused(layer):
+    other = random_linear(32, 64, format=layer.weight.spec.format)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(layer.state_dict())
+    if layer.weight.spec.rank:
+        other = random_linear(32, 48, rank=3)
+        with pytest.raises((FingerprintError, RuntimeError), match="rank"):
+            other.load_state_dict(layer.state_dict())
+
+
+def test_slices_have_the_shapes_their_specs_say(layer):
+    w = layer.weight
+    assert w[8:20].shape == (12, 48)
+    assert w[-4:].shape == (4, 48)
+    assert w[:, 16:48].shape == (32, 32)
+    assert [c.shape[0] for c in w.chunk(3)] == [11, 11, 10]
+    assert [c.shape[1] for c in w.split([16, 32], 1)] == [16, 32]
+    assert w.narrow(0, 3, 5).shape == (5, 48)
+    for part in (w[8:20], w[:, 16:48]):
+        assert isinstance(part, SVDQWeight)
+
+
+def test_a_slice_is_a_view(layer):
+    assert layer.weight[4:8].qweight.data_ptr() == layer.weight.qweight[4:].data_ptr()
+
+
+@pytest.mark.parametrize(("start", "end"), [(8, 48), (0, 40), (1, 17)])
+def test_columns_are_cut_at_block_boundaries(start, end):
+    layer = random_linear(32, 48)
+    with pytest.raises(DenseWeightError, match="multiples of 16"):
+        take(layer.weight, 1, start, end)
+
+
+def test_a_component_of_the_wrong_shape_is_refused(layer):
+    parts = layer.weight.parts()
+    parts["qweight"] = parts["qweight"][:-1]
+    with pytest.raises(FingerprintError, match="qweight"):
+        SVDQWeight(parts, layer.weight.fingerprint, torch.bfloat16)
+
+
+def test_a_missing_component_is_refused(layer):
+    parts = layer.weight.parts()
+    del parts["input_scale"]
+    with pytest.raises(FingerprintError, match="input_scale"):
+        SVDQWeight(parts, layer.weight.fingerprint, torch.bfloat16)
+
+
+def test_switching_the_compute_mode_shares_the_tensors(layer):
+    other = layer.weight.with_compute("modelopt")
+    assert other.fingerprint.compute == "modelopt"
+    assert other.qweight.data_ptr() == layer.weight.qweight.data_ptr()
+    with pytest.raises(ValueError, match="choose one of"):
+        layer.weight.with_compute("fastest")
+
+
+def test_half_to_and_data_assignment_like_offload_hooks_do(layer, x):
+    """Offloading replaces ``.data`` or the parameter by a copy elsewhere and back."""
+    expected = layer(x)
+    home = layer.weight.data
+    layer.weight.data = home.to("cpu", copy=True)
+    assert_bits_equal(layer(x), expected)
+    layer._parameters["weight"] = nn.Parameter(home.to("meta"), requires_grad=False)
+    layer._parameters["weight"] = nn.Parameter(home, requires_grad=False)
+    assert_bits_equal(layer(x), expected)
