@@ -37,6 +37,12 @@ ITEM_BITS = {
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 
+MAX_SIZE = 2**63
+"""No dimension or offset reaches it; larger numbers would only cost time."""
+
+MAX_DIMS = 64
+"""Torch's own limit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
@@ -100,7 +106,7 @@ def _parse(raw: bytes, file: Path) -> dict:
 
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise HeaderError("the header is not JSON", file=file, found=str(error)) from None
     if not isinstance(entries, dict):
         raise HeaderError("the header is not a JSON object", file=file, found=type(entries).__name__)
@@ -108,7 +114,7 @@ def _parse(raw: bytes, file: Path) -> dict:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_SIZE
 
 
 def _tensor_info(file: Path, key: str, entry: object) -> TensorInfo:
@@ -117,7 +123,7 @@ def _tensor_info(file: Path, key: str, entry: object) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise HeaderError("unknown dtype", file=file, key=key, found=dtype, needed=", ".join(ITEM_BITS))
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
         raise HeaderError("shape must be a list of sizes", file=file, key=key, found=shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)) or offsets[1] < offsets[0]:
         raise HeaderError("data_offsets must be [start, end]", file=file, key=key, found=offsets)

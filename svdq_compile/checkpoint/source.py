@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     ShardIndexError,
@@ -56,27 +57,42 @@ def open_source(path: str | os.PathLike[str], *, revision: str | None = None) ->
     return Source(folder, config, headers)
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from a file, or a ConfigError that names it."""
-    if not file.is_file():
-        raise ConfigError("no such file", file=file)
+def read_json(file: Path, error: type[CheckpointError] = ConfigError) -> dict:
+    """A JSON object from a file, or an error of the given class that names it."""
+    if not _is_file(file):
+        raise error("no such file", file=file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError("the file is not JSON", file=file, found=str(error)) from None
+    except (ValueError, RecursionError) as reason:
+        raise error("the file is not JSON", file=file, found=str(reason)) from None
     if not isinstance(value, dict):
-        raise ConfigError("the file is not a JSON object", file=file, found=type(value).__name__)
+        raise error("the file is not a JSON object", file=file, found=type(value).__name__)
     return value
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; a name the file system cannot hold is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _locate(path: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path | None]:
     """The folder that holds the transformer, and the one file if a file was named."""
     local = Path(path)
-    if local.is_file():
+    if _is_file(local):
         if local.suffix != ".safetensors":
             raise UnsafeFileError("not a safetensors file", file=local)
         return local.parent, local
-    if not local.is_dir():
+    if not _is_dir(local):
         local = _download(os.fspath(path), revision)
     if (local / SUBFOLDER / CONFIG_NAME).is_file():
         return local / SUBFOLDER, None
@@ -122,7 +138,7 @@ def _weight_files(folder: Path, single: Path | None) -> tuple[list[Path], dict[s
 
 
 def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, ShardIndexError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ShardIndexError("weight_map must map keys to file names", file=index, key="weight_map")
     files = []
@@ -132,7 +148,7 @@ def _indexed_files(index: Path) -> tuple[list[Path], dict[str, str]]:
             raise UnsafePathError("a shard's path leaves the folder", file=index, found=name)
         if Path(name).suffix != ".safetensors":
             raise UnsafeFileError("a shard is no safetensors file", file=index, found=name)
-        if not file.is_file():
+        if not _is_file(file):
             raise ShardIndexError("a shard is missing", file=index, found="no such file", needed=name)
         files.append(file)
     return files, weight_map

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import NonFiniteError, ScaleError, ZeroScaleError
+from ..errors import HeaderError, NonFiniteError, ScaleError, ZeroScaleError
 from .header import TensorInfo
 from .manifest import Manifest
 
@@ -25,8 +25,9 @@ def stream(manifest: Manifest, device: torch.device | str = "cpu") -> Iterator[t
 
     Raises:
         ScaleError, ZeroScaleError, NonFiniteError: a value no correct export holds.
+        HeaderError: the safetensors library refuses a file whose header was found correct.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError
 
     roles: dict[str, tuple[str, str | None, TensorInfo]] = {
         key: (key, None, info) for key, info in manifest.dense.items()
@@ -39,14 +40,24 @@ def stream(manifest: Manifest, device: torch.device | str = "cpu") -> Iterator[t
         by_file.setdefault(info.file, []).append(key)
     device = torch.device(device)
     for file in sorted(by_file):
-        with safe_open(file, framework="pt") as handle:
-            for key in by_file[file]:
-                name, part, info = roles[key]
-                tensor = handle.get_tensor(key)
+        try:
+            for key, mapped in _mapped_tensors(file, by_file[file]):
+                name, part, _ = roles[key]
                 # A tensor on the CPU would share the mapped file, and with it any later change of the file.
-                tensor = tensor.clone() if device.type == "cpu" else tensor.to(device)
-                check_values(tensor, part, key=key, file=info.file)
+                tensor = mapped.clone() if device.type == "cpu" else mapped.to(device)
+                check_values(mapped if device.type == "meta" else tensor, part, key=key, file=file)
                 yield name, part, tensor
+        except SafetensorError as error:
+            raise HeaderError("safetensors cannot read the file", file=file, found=str(error)) from None
+
+
+def _mapped_tensors(file: Path, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that share the mapped file's memory."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        for key in keys:
+            yield key, handle.get_tensor(key)
 
 
 def check_values(tensor: torch.Tensor, part: str | None, *, key: str, file: Path | None = None) -> None:

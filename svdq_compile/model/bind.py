@@ -135,5 +135,11 @@ def new_parameters(
 
 
 def _like(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
-    """A frozen parameter where the slot holds a parameter, a plain tensor where it holds a buffer."""
-    return nn.Parameter(tensor, requires_grad=False) if slot.name in slot.module._parameters else tensor
+    """A parameter where the slot holds a parameter, else a plain tensor.
+
+    A dense parameter keeps the old one's ``requires_grad``, which compiled code guards on.
+    """
+    if slot.name not in slot.module._parameters:
+        return tensor
+    wants_grad = slot.get().requires_grad and not isinstance(tensor, SVDQWeight)
+    return nn.Parameter(tensor, requires_grad=wants_grad)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from ..checkpoint.manifest import Manifest, read_manifest
 from ..checkpoint.source import CONFIG_NAME
 from ..checkpoint.tensors import stream
 from ..dtypes import TORCH_DTYPES
-from ..errors import ConfigError
+from ..errors import ConfigError, ShapeError
 from ..ops.weight import SVDQWeight
 from .bind import Entry, check_fit, new_parameters, slots_of, unwrap
 
@@ -90,10 +91,12 @@ def load_transformer(
     entries = _with_progress(manifest, device)
     if quantize is not None:
         from ..quantize.on_load import quantize_entries
+        from ..quantize.recipes import Recipe
 
-        manifest, entries = quantize_entries(model, manifest, entries, quantize, rank, blocks_kept)
+        recipe = Recipe(quantize, rank=rank, blocks_kept=blocks_kept)
+        manifest, entries = quantize_entries(model, manifest, entries, recipe)
     _install(model, manifest, entries, compute, dtype or TORCH_DTYPES[manifest.dtype])
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def load_into(
@@ -158,33 +161,60 @@ def build_model(manifest: Manifest) -> nn.Module:
     model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise ConfigError("no such model in diffusers", file=file, key="_class_name", found=name)
-    _check_sizes(manifest)
+    _check_sizes(manifest, manifest.config)
     try:
         with init_empty_weights():
-            return model_class.from_config(manifest.model_config)
+            model = model_class.from_config(manifest.model_config)
     except Exception as error:
         raise ConfigError(
             f"{name} refuses the config", file=file, found=f"{type(error).__name__}: {error}"
         ) from error
+    # Again with the class's defaults in the place of entries that config.json leaves out.
+    _check_sizes(manifest, model.config)
+    return model
 
 
-def _check_sizes(manifest: Manifest) -> None:
-    """Sizes that would cost memory to try: the block count, and the rotary axes against the head size."""
-    config, file = manifest.config, manifest.folder / CONFIG_NAME
-    keys = [*manifest.dense, *manifest.linears]
-    blocks = {int(k.split(".")[1]) for k in keys if k.startswith("transformer_blocks.") and k.split(".")[1].isdigit()}
-    stored = max(blocks, default=-1) + 1
-    if blocks and config.get("num_layers", stored) != stored:
+def _check_sizes(manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """Sizes that cost time or memory to try, or that no tensor's shape depends on.
+
+    The number of blocks must be that of the tensors, and the rotary axes must split a head as large as the tensors
+    say.
+    """
+    file = manifest.folder / CONFIG_NAME
+    names = [*manifest.dense, *manifest.linears]
+    for key, value in config.items():
+        if key.startswith("num_") and key.endswith("layers") and isinstance(value, int) and value > len(names):
+            raise ConfigError("more layers than tensors", file=file, key=key, found=value, needed=f"<= {len(names)}")
+    blocks = {name.split(".")[1] for name in names if name.startswith("transformer_blocks.")}
+    if blocks and config.get("num_layers", len(blocks)) != len(blocks):
         raise ConfigError(
-            "num_layers does not match the tensors", file=file, key="num_layers", found=config["num_layers"], needed=stored
+            "num_layers does not match the tensors",
+            file=file,
+            key="num_layers",
+            found=config["num_layers"],
+            needed=len(blocks),
         )
-    axes, head = config.get("axes_dims_rope"), config.get("attention_head_dim")
-    if axes is not None and head is not None:
-        ok = isinstance(axes, list) and all(type(a) is int and a > 0 for a in axes) and sum(axes) == head
-        if not ok:
-            raise ConfigError(
-                "the rotary axes do not add up to the head size", file=file, key="axes_dims_rope", found=axes, needed=head
-            )
+    if "axes_dims_rope" not in config or "attention_head_dim" not in config:
+        return
+    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
+    ok = isinstance(axes, (list, tuple)) and all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes)
+    if not ok or sum(axes) != head:
+        raise ConfigError(
+            "the rotary axes are not even numbers that add up to the head size",
+            file=file,
+            key="axes_dims_rope",
+            found=axes,
+            needed=head,
+        )
+    norm = manifest.dense.get("transformer_blocks.0.attn.norm_q.weight")
+    if norm is not None and norm.shape != (head,):
+        raise ShapeError(
+            "the head size does not match the tensors",
+            file=norm.file,
+            key="transformer_blocks.0.attn.norm_q.weight",
+            found=list(norm.shape),
+            needed=[head],
+        )
 
 
 def _with_progress(manifest: Manifest, device: torch.device | str) -> Iterator[Entry]:

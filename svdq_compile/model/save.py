@@ -65,15 +65,9 @@ def save_checkpoint(
 
 
 def _checkpoint_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype the low-rank factors have, else that of the first unquantised tensor."""
-    for slot in slots_of(model).values():
-        value = slot.get()
-        if not isinstance(value, SVDQWeight):
-            continue
-        if value.lora_down is not None or value.pre_quant_scale is not None:
-            return TORCH_DTYPES[value.spec.dtype]
-    dense = (s.get() for s in slots_of(model).values() if not isinstance(s.get(), SVDQWeight))
-    return next((value.dtype for value in dense if value.is_floating_point()), torch.bfloat16)
+    """The dtype the quantised weights were exported beside, whatever the model's other tensors were cast to."""
+    weights = (slot.get() for slot in slots_of(model).values())
+    return TORCH_DTYPES[next(value.spec.dtype for value in weights if isinstance(value, SVDQWeight))]
 
 
 def _tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -177,6 +177,19 @@ def _empty_like(func, args, kwargs):
     return args[0]._map(lambda part: torch.empty_like(part, **moves), kwargs.get("dtype"))
 
 
+def _is_pinned(func, args, kwargs):
+    return all(part.is_pinned(*args[1:], **kwargs) for part in args[0].parts().values())
+
+
+def _pin(func, args, kwargs):
+    return args[0]._map(lambda part: part.pin_memory(*args[1:], **kwargs))
+
+
+def _record_stream(func, args, kwargs):
+    for part in args[0].parts().values():
+        part.record_stream(*args[1:])
+
+
 def _slice(func, args, kwargs):
     weight, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
     size = weight.shape[dim]
@@ -239,6 +252,9 @@ _HANDLERS = {
     aten._to_copy.default: _copy_to,
     aten.copy_.default: _copy_into,
     aten.empty_like.default: _empty_like,
+    aten.is_pinned.default: _is_pinned,
+    aten._pin_memory.default: _pin,
+    aten.record_stream.default: _record_stream,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split_with_sizes,

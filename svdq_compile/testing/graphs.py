@@ -1,0 +1,41 @@
+"""Watching what ``torch.compile`` does."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.utils import counters
+
+from ..passes.insert_linear import Report, insert_linear
+
+
+class RecordingBackend:
+    """The ``svdq`` backend, keeping the rewritten graphs.
+
+    Each compilation calls the backend once, so ``len(recorder.reports)`` counts them.
+
+    Args:
+        lower: whether Inductor compiles the rewritten graphs; without it they run as they are.
+        options: options for every compilation.
+    """
+
+    def __init__(self, *, lower: bool = True, **options: object) -> None:
+        self.lower = lower
+        self.options = options
+        self.reports: list[Report] = []
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs, **kwargs):
+        self.reports.append(insert_linear(gm))
+        self.graphs.append(gm)
+        if not self.lower:
+            return gm.forward
+        return torch._dynamo.lookup_backend("svdq")(gm, example_inputs, options=self.options or None, **kwargs)
+
+    def count(self, target: object) -> int:
+        """How many nodes of all graphs call ``target``."""
+        return sum(len(g.graph.find_nodes(op="call_function", target=target)) for g in self.graphs)
+
+
+def unique_graphs() -> int:
+    """Graphs Dynamo has compiled since its counters were cleared."""
+    return counters["stats"]["unique_graphs"]
