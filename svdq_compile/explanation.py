@@ -58,9 +58,7 @@ def explain(model: nn.Module) -> Explanation:
     Args:
         model: the model, or what ``torch.compile(model)`` returned.
     """
-    return Explanation(
-        tuple(_row(name, m) for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear))
-    )
+    return Explanation(tuple(_row(name, m) for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)))
 
 
 def _row(name: str, module: nn.Linear) -> Row:

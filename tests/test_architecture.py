@@ -17,8 +17,8 @@ LAYERS = {
     "ops": {"spec", "errors", "dtypes", "ops", "svdq_kernels"},
     "passes": {"spec", "errors", "_compat", "ops", "passes"},
     "lowering": {"spec", "errors", "_compat", "ops", "lowering", "svdq_kernels"},
-    "model": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantize"},
-    "quantize": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantize"},
+    "model": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
+    "quantization": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
     "spec": set(),
     "errors": set(),
     "dtypes": set(),
@@ -110,7 +110,15 @@ def in_fresh_process(code: str) -> str:
 def test_importing_the_package_is_cheap():
     code = "import svdq_compile, sys; print(*(m for m in sys.modules))"
     modules = set(in_fresh_process(code).split())
-    for heavy in ("torch", "torch._dynamo", "torch._inductor", "diffusers", "modelopt", "triton", "transformers"):
+    for heavy in (
+        "torch",
+        "torch._dynamo",
+        "torch._inductor",
+        "diffusers",
+        "modelopt",
+        "triton",
+        "transformers",
+    ):
         assert heavy not in modules
 
 

@@ -82,7 +82,9 @@ def read_header(file: Path) -> Header:
             raise TruncatedFileError("the file is shorter than a header", file=file, found=f"{size} bytes")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
-            raise HeaderError("the header length is implausible", file=file, found=length, needed=f"<= {MAX_HEADER_BYTES}")
+            raise HeaderError(
+                "the header length is implausible", file=file, found=length, needed=f"<= {MAX_HEADER_BYTES}"
+            )
         raw = stream.read(length)
     if len(raw) < length:
         raise TruncatedFileError("the file ends inside its header", file=file, found=size, needed=8 + length)
@@ -106,6 +108,8 @@ def _parse(raw: bytes, file: Path) -> dict:
 
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except HeaderError:
+        raise
     except (ValueError, RecursionError) as error:
         raise HeaderError("the header is not JSON", file=file, found=str(error)) from None
     if not isinstance(entries, dict):
@@ -149,7 +153,12 @@ def _check_coverage(file: Path, tensors: dict[str, TensorInfo], available: int) 
         position = info.end
     if position > available:
         raise TruncatedFileError(
-            "the file ends before its last tensor", file=file, found=f"{available} data bytes", needed=f"{position}"
+            "the file ends before its last tensor",
+            file=file,
+            found=f"{available} data bytes",
+            needed=f"{position}",
         )
     if position < available:
-        raise HeaderError("bytes after the last tensor", file=file, found=f"{available} data bytes", needed=f"{position}")
+        raise HeaderError(
+            "bytes after the last tensor", file=file, found=f"{available} data bytes", needed=f"{position}"
+        )

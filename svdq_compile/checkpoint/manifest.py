@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
-import logging
 import os
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from ..errors import (
 from ..spec import COMPONENT_OF_LEAF, GROUP_SIZE, MODEL_DTYPES, MODELOPT_LEAF, Format, LinearSpec
 from .header import TensorInfo
 from .source import CONFIG_NAME, Source, open_source
-
-log = logging.getLogger(__name__)
 
 QUANT_ALGOS = ("NVFP4_SVD", "NVFP4", "FP8")
 SWIZZLE_METADATA = "quantization_config"
@@ -112,8 +109,6 @@ def build_manifest(source: Source) -> Manifest:
         )
     linears = {name: _linear(name, parts, quantization, dtype) for name, parts in quantised.items()}
     warnings = _cross_check(quantization, linears, dense)
-    for warning in warnings:
-        log.warning("%s: %s", source.folder, warning)
     return Manifest(source.folder, source.config, dtype, linears, dense, warnings)
 
 
@@ -135,7 +130,11 @@ def _check_config(source: Source) -> dict | None:
         for key, needed in (("num_bits", bits), ("type", "float"), ("group_size", group)):
             if key in entry and entry[key] != needed:
                 raise UnknownQuantAlgoError(
-                    f"{algo} with another {key}", file=file, key=f"{name}.{part}.{key}", found=entry[key], needed=needed
+                    f"{algo} with another {key}",
+                    file=file,
+                    key=f"{name}.{part}.{key}",
+                    found=entry[key],
+                    needed=needed,
                 )
     return quantization
 
@@ -258,7 +257,12 @@ def _spec(name: str, parts: dict[str, TensorInfo], dtype: str, dynamic: bool) ->
             needed=f"a multiple of {GROUP_SIZE}",
         )
     spec = LinearSpec(
-        Format.NVFP4, out_features, in_features, dtype=dtype, smooth="pre_quant_scale" in parts, dynamic=dynamic
+        Format.NVFP4,
+        out_features,
+        in_features,
+        dtype=dtype,
+        smooth="pre_quant_scale" in parts,
+        dynamic=dynamic,
     )
     if "lora_down" not in parts:
         return spec, "weight is U8, no svdquant_lora_a"
@@ -280,12 +284,13 @@ def _check_components(name: str, spec: LinearSpec, parts: dict[str, TensorInfo])
             needed_shape, needed_dtype = rule[part].shape, rule[part].dtype
         else:
             raise LeftoverKeyError(
-                f"{name}: a {spec.format} linear has no such tensor", file=info.file, key=key, needed=sorted(rule)
+                f"{name}: a {spec.format} linear has no such tensor",
+                file=info.file,
+                key=key,
+                needed=sorted(rule),
             )
         if info.dtype != needed_dtype:
-            raise DtypeError(
-                f"{name}: wrong dtype", file=info.file, key=key, found=info.dtype, needed=needed_dtype
-            )
+            raise DtypeError(f"{name}: wrong dtype", file=info.file, key=key, found=info.dtype, needed=needed_dtype)
         if info.shape != needed_shape:
             raise ShapeError(
                 f"{name}: wrong shape for {spec.describe()}",
@@ -296,7 +301,9 @@ def _check_components(name: str, spec: LinearSpec, parts: dict[str, TensorInfo])
             )
 
 
-def _cross_check(quantization: dict | None, linears: dict[str, Linear], dense: dict[str, TensorInfo]) -> tuple[str, ...]:
+def _cross_check(
+    quantization: dict | None, linears: dict[str, Linear], dense: dict[str, TensorInfo]
+) -> tuple[str, ...]:
     """What the config says against what the keys say; the keys win."""
     if quantization is None:
         return ()
@@ -305,7 +312,9 @@ def _cross_check(quantization: dict | None, linears: dict[str, Linear], dense: d
     patterns = [p for p in ignore if isinstance(p, str)] if isinstance(ignore, list) else []
     ignored = sorted(n for n in linears if any(fnmatch.fnmatchcase(n, p) for p in patterns))
     if ignored:
-        warnings.append(f"{len(ignored)} quantised linears are listed in ignore, first {ignored[0]}; they stay quantised")
+        warnings.append(
+            f"{len(ignored)} quantised linears are listed in ignore, first {ignored[0]}; they stay quantised"
+        )
     ranks = sorted({x.spec.rank for x in linears.values() if x.spec.format is Format.NVFP4_SVD})
     declared = _group_flag(quantization, "lora_rank", None)
     if ranks and declared is not None and ranks != [declared]:

@@ -112,7 +112,9 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointNotFoundError(
-            "not a local path, and the Hub does not give it", file=repo, found=f"{type(error).__name__}: {error}"
+            "not a local path, and the Hub does not give it",
+            file=repo,
+            found=f"{type(error).__name__}: {error}",
         ) from None
 
 
@@ -129,7 +131,10 @@ def _weight_files(folder: Path, single: Path | None) -> tuple[list[Path], dict[s
         return found, None
     if found:
         raise ShardIndexError(
-            "several safetensors files and no index", file=folder, found=[f.name for f in found], needed=INDEX_NAME
+            "several safetensors files and no index",
+            file=folder,
+            found=[f.name for f in found],
+            needed=INDEX_NAME,
         )
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES)
     if pickles:
@@ -172,5 +177,3 @@ def _check_shards(folder: Path, headers: tuple[Header, ...], weight_map: dict[st
                 found=where.get(key, "in no shard"),
                 needed=weight_map.get(key, "not in the index"),
             )
-
-

@@ -17,6 +17,7 @@ from .manifest import Manifest
 
 log = logging.getLogger(__name__)
 
+
 def stream(manifest: Manifest, device: torch.device | str = "cpu") -> Iterator[tuple[str, str | None, torch.Tensor]]:
     """Yields ``(name, part, tensor)`` for every tensor, shard by shard in file order.
 
@@ -27,8 +28,6 @@ def stream(manifest: Manifest, device: torch.device | str = "cpu") -> Iterator[t
         ScaleError, ZeroScaleError, NonFiniteError: a value no correct export holds.
         HeaderError: the safetensors library refuses a file whose header was found correct.
     """
-    from safetensors import SafetensorError
-
     roles: dict[str, tuple[str, str | None, TensorInfo]] = {
         key: (key, None, info) for key, info in manifest.dense.items()
     }
@@ -40,24 +39,24 @@ def stream(manifest: Manifest, device: torch.device | str = "cpu") -> Iterator[t
         by_file.setdefault(info.file, []).append(key)
     device = torch.device(device)
     for file in sorted(by_file):
-        try:
-            for key, mapped in _mapped_tensors(file, by_file[file]):
-                name, part, _ = roles[key]
-                # A tensor on the CPU would share the mapped file, and with it any later change of the file.
-                tensor = mapped.clone() if device.type == "cpu" else mapped.to(device)
-                check_values(mapped if device.type == "meta" else tensor, part, key=key, file=file)
-                yield name, part, tensor
-        except SafetensorError as error:
-            raise HeaderError("safetensors cannot read the file", file=file, found=str(error)) from None
+        for key, mapped in _mapped_tensors(file, by_file[file]):
+            name, part, _ = roles[key]
+            # A tensor on the CPU would share the mapped file, and with it any later change of the file.
+            tensor = mapped.clone() if device.type == "cpu" else mapped.to(device)
+            check_values(mapped if device.type == "meta" else tensor, part, key=key, file=file)
+            yield name, part, tensor
 
 
 def _mapped_tensors(file: Path, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that share the mapped file's memory."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as handle:
-        for key in keys:
-            yield key, handle.get_tensor(key)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for key in keys:
+                yield key, handle.get_tensor(key)
+    except SafetensorError as error:
+        raise HeaderError("safetensors cannot read the file", file=file, found=str(error)) from None
 
 
 def check_values(tensor: torch.Tensor, part: str | None, *, key: str, file: Path | None = None) -> None:
@@ -78,7 +77,12 @@ def check_values(tensor: torch.Tensor, part: str | None, *, key: str, file: Path
     if not bool(torch.isfinite(values).all()):
         bad = values[~torch.isfinite(values)]
         error = ScaleError if is_scale else NonFiniteError
-        raise error("not a finite number", file=file, key=key, found=f"{bad.numel()} of {values.numel()}, {bad.flatten()[0]}")
+        raise error(
+            "not a finite number",
+            file=file,
+            key=key,
+            found=f"{bad.numel()} of {values.numel()}, {bad.flatten()[0]}",
+        )
     if not is_scale:
         return
     if bool((torch.signbit(values) & (values != 0)).any()):

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from ..ops.weight import Fingerprint
+from ..spec import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +31,8 @@ def select(fingerprint: Fingerprint, device: torch.device) -> Choice:
         return Choice("reference", False, "compute='modelopt' reproduces ModelOpt's simulation, which no kernel does")
     if device.type != "cuda":
         return Choice("reference", False, f"there is no fused kernel for {device.type}")
-    return Choice("reference", False, "no fused kernel yet: PyTorch operations on decoded operands")
+    if fingerprint.spec.format is Format.FP8:
+        return Choice("reference", False, "there is no fused kernel for FP8 weights")
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return Choice("reference", False, "the Triton kernels need an NVIDIA GPU of sm_80 or later")
+    return Choice("triton+cublas", False, "Triton quantises and expands, cuBLAS multiplies in bfloat16: not one kernel")

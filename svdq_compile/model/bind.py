@@ -44,7 +44,9 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
     slots = {}
     for prefix, module in model.named_modules():
         names = [n for n, p in module._parameters.items() if p is not None]
-        names += [n for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
+        names += [
+            n for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+        ]
         slots.update({f"{prefix}.{name}" if prefix else name: Slot(module, name) for name in names})
     return slots
 
@@ -81,7 +83,10 @@ def check_fit(model: nn.Module, manifest: Manifest) -> dict[str, Slot]:
     missing = sorted(slots.keys() - held)
     if missing:
         raise MissingKeyError(
-            f"{len(missing)} tensors of the model are in no file", file=manifest.folder, key=missing[0], found="no such key"
+            f"{len(missing)} tensors of the model are in no file",
+            file=manifest.folder,
+            key=missing[0],
+            found="no such key",
         )
     return slots
 
@@ -91,7 +96,11 @@ def _check_linear(module: nn.Module | None, linear: Linear) -> None:
     if not isinstance(module, nn.Linear):
         found = "no such module" if module is None else type(module).__name__
         raise UnknownLinearError(
-            "the checkpoint quantises a layer the model does not have", file=file, key=linear.name, found=found, needed="nn.Linear"
+            "the checkpoint quantises a layer the model does not have",
+            file=file,
+            key=linear.name,
+            found=found,
+            needed="nn.Linear",
         )
     sizes = (module.out_features, module.in_features)
     stored = (linear.spec.out_features, linear.spec.in_features)
@@ -108,7 +117,11 @@ def _check_linear(module: nn.Module | None, linear: Linear) -> None:
 
 
 def new_parameters(
-    manifest: Manifest, slots: dict[str, Slot], entries: Iterable[Entry], compute: str, dtype: torch.dtype | None
+    manifest: Manifest,
+    slots: dict[str, Slot],
+    entries: Iterable[Entry],
+    compute: str,
+    dtype: torch.dtype | None,
 ) -> Iterator[tuple[Slot, torch.Tensor]]:
     """The parameters and buffers a checkpoint puts into a model, as its tensors come in.
 

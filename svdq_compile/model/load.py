@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from ..dtypes import TORCH_DTYPES
 from ..errors import ConfigError, ShapeError
 from ..ops.weight import SVDQWeight
 from .bind import Entry, check_fit, new_parameters, slots_of, unwrap
+
+log = logging.getLogger(__name__)
 
 CONFIG_ATTRIBUTE = "_svdq_quantization_config"
 """Where a loaded model keeps the checkpoint's quantization_config, for saving it again."""
@@ -90,8 +93,8 @@ def load_transformer(
     model = build_model(manifest)
     entries = _with_progress(manifest, device)
     if quantize is not None:
-        from ..quantize.on_load import quantize_entries
-        from ..quantize.recipes import Recipe
+        from ..quantization.on_load import quantize_entries
+        from ..quantization.recipes import Recipe
 
         recipe = Recipe(quantize, rank=rank, blocks_kept=blocks_kept)
         manifest, entries = quantize_entries(model, manifest, entries, recipe)
@@ -166,9 +169,7 @@ def build_model(manifest: Manifest) -> nn.Module:
         with init_empty_weights():
             model = model_class.from_config(manifest.model_config)
     except Exception as error:
-        raise ConfigError(
-            f"{name} refuses the config", file=file, found=f"{type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"{name} refuses the config", file=file, found=f"{type(error).__name__}: {error}") from error
     # Again with the class's defaults in the place of entries that config.json leaves out.
     _check_sizes(manifest, model.config)
     return model
@@ -220,6 +221,8 @@ def _check_sizes(manifest: Manifest, config: Mapping[str, Any]) -> None:
 def _with_progress(manifest: Manifest, device: torch.device | str) -> Iterator[Entry]:
     from diffusers.utils.logging import tqdm
 
+    for warning in manifest.warnings:
+        log.warning("%s: %s", manifest.folder, warning)
     total = len(manifest.dense) + sum(len(linear.tensors) for linear in manifest.linears.values())
     yield from tqdm(stream(manifest, device), desc="Loading svdq checkpoint", total=total, unit="tensor", leave=False)
 

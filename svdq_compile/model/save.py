@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint.source import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from ..checkpoint.source import CONFIG_NAME, INDEX_NAME, SUBFOLDER, WEIGHTS_NAME
 from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..errors import SaveError
 from ..ops.weight import SVDQWeight
@@ -20,9 +20,7 @@ from .load import CONFIG_ATTRIBUTE, quantised_linears
 ALGO_OF_FORMAT = {Format.NVFP4_SVD: "NVFP4_SVD", Format.NVFP4: "NVFP4", Format.FP8: "FP8"}
 
 
-def save_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "10GB"
-) -> Path:
+def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "10GB") -> Path:
     """Writes ``config.json`` and safetensors files that :func:`svdq_compile.load_transformer` reads.
 
     Packed tensors are written as they are, so a checkpoint that was loaded in its own dtype comes out with
@@ -30,11 +28,11 @@ def save_checkpoint(
 
     Args:
         model: a model from ``load_transformer``, ``load_into`` or ``quantize``.
-        path: folder to write; created if need be.
+        path: folder to write; created if need be. In a pipeline folder, its transformer is replaced.
         max_shard_size: bytes, or text like ``"5GB"``.
 
     Returns:
-        The folder.
+        The folder that holds the files.
 
     Raises:
         SaveError: the model has no quantised linear, or a tensor would change by writing it.
@@ -45,17 +43,18 @@ def save_checkpoint(
     inner = unwrap(model)
     linears = quantised_linears(inner)
     if not linears:
-        raise SaveError("the model has no quantised linear", found=type(inner).__name__)
+        raise SaveError("the model has no quantised linear", file=path, found=type(inner).__name__)
     folder = Path(path)
+    if (folder / SUBFOLDER / CONFIG_NAME).is_file():
+        folder = folder / SUBFOLDER
+    tensors = _tensors(inner, _checkpoint_dtype(inner), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = _checkpoint_dtype(inner)
-    tensors = _tensors(inner, dtype)
     for stale in (*folder.glob("diffusion_pytorch_model*.safetensors"), folder / INDEX_NAME):
         stale.unlink(missing_ok=True)
     pattern = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
-        shard = {key: tensors[key].contiguous() for key in keys}
+        shard = _unshared({key: tensors[key].contiguous() for key in keys})
         safetensors.torch.save_file(shard, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -70,7 +69,7 @@ def _checkpoint_dtype(model: nn.Module) -> torch.dtype:
     return TORCH_DTYPES[next(value.spec.dtype for value in weights if isinstance(value, SVDQWeight))]
 
 
-def _tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _tensors(model: nn.Module, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, slot in slots_of(model).items():
         value = slot.get().detach()
@@ -82,12 +81,24 @@ def _tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if not torch.equal(stored.to(value.dtype), value):
             raise SaveError(
                 "a tensor would change by writing it in the checkpoint's dtype",
+                file=folder,
                 key=key,
                 found=DTYPE_NAMES.get(value.dtype, value.dtype),
                 needed=DTYPE_NAMES[dtype],
             )
         tensors[key] = stored
     return tensors
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, those copied whose memory another one has; safetensors refuses to write one twice."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
 
 
 def _config(model: nn.Module, linears: dict[str, nn.Linear]) -> dict:

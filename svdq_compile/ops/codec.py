@@ -40,14 +40,12 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
 
 def decode_e2m1(codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values of e2m1 codes (uint8, 0 to 15); exact in every floating dtype of 16 bits or more."""
-    table = torch.tensor(
-        E2M1_MAGNITUDES + tuple(-m for m in E2M1_MAGNITUDES), dtype=dtype, device=codes.device
-    )
+    table = torch.tensor(E2M1_MAGNITUDES + tuple(-m for m in E2M1_MAGNITUDES), dtype=dtype, device=codes.device)
     return table[codes.int()]
 
 
 def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """Nearest e2m1 code, ties to the even code, saturating at 6; NaN encodes as 0.
+    """Nearest e2m1 code, ties to the even code, saturating at 6; NaN encodes as magnitude 0.
 
     A value's sign bit is kept, so -0.0 gives code 8.
 
@@ -60,7 +58,14 @@ def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
     a = values.abs()
     # Midpoints of the magnitudes; where the lower code is odd a tie goes up, so the comparison includes it.
     index = (a > 0.25).to(torch.uint8)
-    for midpoint, tie_goes_up in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
+    for midpoint, tie_goes_up in (
+        (0.75, True),
+        (1.25, False),
+        (1.75, True),
+        (2.5, False),
+        (3.5, True),
+        (5.0, False),
+    ):
         index += (a >= midpoint) if tie_goes_up else (a > midpoint)
     return index | (torch.signbit(values).to(torch.uint8) << 3)
 

@@ -27,7 +27,10 @@ def _check(condition: bool, message: str) -> None:
 def _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute) -> None:
     """Shapes that must agree; dynamic sizes are compared symbolically."""
     nvfp4 = qweight.dtype == torch.uint8
-    _check(nvfp4 or qweight.dtype == torch.float8_e4m3fn, f"qweight is {qweight.dtype}, needs uint8 or float8_e4m3fn")
+    _check(
+        nvfp4 or qweight.dtype == torch.float8_e4m3fn,
+        f"qweight is {qweight.dtype}, needs uint8 or float8_e4m3fn",
+    )
     _check(x.is_floating_point() and x.element_size() >= 2, f"x is {x.dtype}, needs a 16-bit or wider float")
     _check(compute in reference.COMPUTE_MODES, f"compute={compute!r}, needs one of {reference.COMPUTE_MODES}")
     _check(x.dim() >= 1 and qweight.dim() == 2, "x needs at least one dimension and qweight exactly two")
@@ -79,14 +82,24 @@ def linear_reference(
         RuntimeError: shapes or dtypes that do not fit together.
     """
     _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
-    if qweight.dtype == torch.uint8:
-        stages = reference.nvfp4_linear_modelopt if compute == "modelopt" else reference.nvfp4_linear_exact
-        y = stages(
-            x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
-        )
-    else:
-        stages = reference.fp8_linear_modelopt if compute == "modelopt" else reference.fp8_linear_exact
-        y = stages(x, qweight, weight_scale, input_scale, bias)
+    # Autocast would round the sums' operands to 16 bits.
+    with torch.autocast(x.device.type, enabled=False):
+        if qweight.dtype == torch.uint8:
+            stages = reference.nvfp4_linear_modelopt if compute == "modelopt" else reference.nvfp4_linear_exact
+            y = stages(
+                x,
+                qweight,
+                weight_scale,
+                weight_scale_2,
+                input_scale,
+                pre_quant_scale,
+                lora_down,
+                lora_up,
+                bias,
+            )
+        else:
+            stages = reference.fp8_linear_modelopt if compute == "modelopt" else reference.fp8_linear_exact
+            y = stages(x, qweight, weight_scale, input_scale, bias)
     return y.to(x.dtype)
 
 
@@ -106,6 +119,13 @@ def _fake(
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
+def _cuda(*args, **kwargs):
+    from .cuda import linear_cuda
+
+    with torch.autocast("cuda", enabled=False):
+        return linear_cuda(*args, **kwargs)
+
+
 def _refuse_backward(ctx, grad):
     raise SvdqError(
         "svdq::linear has no gradient: the 4-bit codes cannot be trained.\n"
@@ -114,7 +134,7 @@ def _refuse_backward(ctx, grad):
 
 
 library.impl("linear", linear_reference, "CPU")
-library.impl("linear", linear_reference, "CUDA")
+library.impl("linear", _cuda, "CUDA")
 torch.library.register_fake("svdq::linear", _fake, lib=library)
 torch.library.register_autograd("svdq::linear", _refuse_backward, lib=library)
 

@@ -50,16 +50,21 @@ def dynamic_input_scale(x_hat: torch.Tensor) -> torch.Tensor:
         x_hat: [..., K].
 
     Returns:
-        float32 (float64 for float64 activations) [..., 1].
+        float32 [..., 1].
     """
-    amax = x_hat.to(accumulate_dtype(x_hat)).abs().amax(-1, keepdim=True)
-    return torch.where(amax == 0, torch.ones_like(amax), amax / (E2M1_MAX * E4M3_MAX))
+    return _token_scale(x_hat, E2M1_MAX * E4M3_MAX)
 
 
 def dynamic_input_scale_fp8(x: torch.Tensor) -> torch.Tensor:
     """Per-token scale ``amax / 448`` for e4m3 activations; 1 for an all-zero token. Shapes as above."""
-    amax = x.to(accumulate_dtype(x)).abs().amax(-1, keepdim=True)
-    return torch.where(amax == 0, torch.ones_like(amax), amax / E4M3_MAX)
+    return _token_scale(x, E4M3_MAX)
+
+
+def _token_scale(x: torch.Tensor, largest: float) -> torch.Tensor:
+    amax = x.float().abs().amax(-1, keepdim=True)
+    # A Python number would be divided by as a product with its reciprocal on CUDA.
+    scale = amax / torch.full_like(amax, largest)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def low_rank(x_hat: torch.Tensor, lora_down: torch.Tensor, lora_up: torch.Tensor) -> torch.Tensor:
@@ -95,7 +100,7 @@ def residual_exact(
     wide = accumulate_dtype(x_hat)
     if input_scale is None:
         input_scale = dynamic_input_scale(x_hat)
-    codes, scale = codec.quantize_nvfp4(x_hat.to(wide), input_scale)
+    codes, scale = codec.quantize_nvfp4(x_hat.float(), input_scale)
     x_q = codec.decode_nvfp4(codes, scale, wide)
     w_q = codec.decode_nvfp4(codec.unpack_codes(qweight), weight_scale, wide)
     return F.linear(x_q, w_q) * (input_scale.to(wide) * weight_scale_2.to(wide))
@@ -117,10 +122,8 @@ def fake_quantize_modelopt(x_hat: torch.Tensor, input_scale: torch.Tensor) -> to
     return values.flatten(-2).to(x_hat.dtype)
 
 
-def dequantize_weight(
-    qweight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_2: torch.Tensor
-) -> torch.Tensor:
-    """The NVFP4 residual R as ModelOpt multiplies it out: ``code * (block scale * tensor scale)`` in float32, [N, K]."""
+def dequantize_weight(qweight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:
+    """The NVFP4 residual R multiplied out as ModelOpt does, ``code * (block scale * tensor scale)``: float32 [N, K]."""
     codes = codec.decode_e2m1(codec.unpack_codes(qweight)).unflatten(-1, (-1, 16))
     return (codes * (weight_scale.float() * weight_scale_2.float()).unsqueeze(-1)).flatten(-2)
 
@@ -202,7 +205,7 @@ def fp8_linear_exact(
         accumulation dtype [..., N].
     """
     wide = accumulate_dtype(x)
-    scale = dynamic_input_scale_fp8(x) if input_scale is None else input_scale.to(wide)
-    x_q = codec.round_e4m3(x.to(wide) / scale).to(wide)
-    y = F.linear(x_q, qweight.to(wide)) * (scale * weight_scale.to(wide))
+    scale = dynamic_input_scale_fp8(x) if input_scale is None else input_scale
+    x_q = codec.round_e4m3(x.float() / scale).to(wide)
+    y = F.linear(x_q, qweight.to(wide)) * (scale.to(wide) * weight_scale.to(wide))
     return y if bias is None else y + bias.to(wide)

@@ -115,6 +115,7 @@ def _check_uses(graph: fx.Graph) -> None:
             if user.op == "output" or user.target in (getattr, operator.getitem):
                 continue
             raise FingerprintError(
-                f"a quantised weight ({_value(node).spec.describe()}) is used by {user.format_node()}, not by a linear.\n"
+                f"a quantised weight ({_value(node).spec.describe()}) is used by {user.format_node()}, "
+                "not by a linear.\n"
                 "  hint:   use it as a layer; reading, merging or re-scaling it needs dense values"
             )

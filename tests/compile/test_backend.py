@@ -40,7 +40,10 @@ def expected(loaded):
     with torch.no_grad():
         eager = run(loaded)
         wide = copy.deepcopy(loaded).double()
-        inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in example_inputs(loaded).items()}
+        inputs = {
+            k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+            for k, v in example_inputs(loaded).items()
+        }
         return eager, wide(**inputs)[0]
 
 
@@ -87,7 +90,9 @@ def test_a_block_of_another_kind_adds_one_graph(model):
     wide = copy.deepcopy(model).double()
     for block in wide.transformer_blocks:
         block._compiled_call_impl = None
-    inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    inputs = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in example_inputs(model).items()
+    }
     assert_within_budget(run(model), wide(**inputs)[0], low_precision=eager)
     assert sorted(len(report.matched) for report in recorder.reports) == [0, 14]
 
@@ -201,7 +206,7 @@ def test_other_uses_of_a_quantised_weight_are_refused_in_graphs():
     def peek(x):
         return layer(x) + layer.weight.sum()
 
-    with pytest.raises(Exception, match="(dense weight|not by a linear)"):
+    with pytest.raises(Exception, match="dense weight"):
         torch.compile(peek, backend="svdq")(torch.randn(5, 48).bfloat16())
 
 

@@ -42,9 +42,7 @@ def test_encode_every_bfloat16_value():
     assert_bits_equal(codec.encode_e2m1(values), expected)
 
 
-@pytest.mark.parametrize(
-    ("tie", "code"), [(0.25, 0), (0.75, 2), (1.25, 2), (1.75, 4), (2.5, 4), (3.5, 6), (5.0, 6)]
-)
+@pytest.mark.parametrize(("tie", "code"), [(0.25, 0), (0.75, 2), (1.25, 2), (1.75, 4), (2.5, 4), (3.5, 6), (5.0, 6)])
 def test_ties_go_to_the_even_code_and_one_ulp_decides(tie, code):
     below, above = torch.nextafter(torch.tensor(tie), torch.tensor([0.0, 9.0]))
     values = torch.stack((torch.tensor(tie), below, above))

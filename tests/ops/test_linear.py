@@ -86,9 +86,11 @@ def broken(**changes):
 def test_arguments_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(RuntimeError, match=message):
         linear(**broken(**changes))
-    with FakeTensorMode() as mode, pytest.raises(RuntimeError, match=message):
-        args = broken(**changes)
-        linear(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()})
+    args = broken(**changes)
+    with FakeTensorMode() as mode:
+        fakes = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+        with pytest.raises(RuntimeError, match=message):
+            linear(**fakes)
 
 
 def test_backward_says_that_codes_cannot_be_trained():

@@ -58,8 +58,6 @@ def test_exact_mode_is_within_the_budget_of_float64(seed, m, n, k, rank, dtype, 
     assert_within_budget(layer(x), oracle, low_precision=linear(x, **(args | {"compute": "modelopt"})))
 
 
-
-
 @given(seeds, features, features, st.booleans(), st.booleans())
 def test_operands_of_a_row_do_not_depend_on_other_rows(seed, n, k, dynamic, smooth):
     """Everything before the sums is bitwise per token: smoothing, scales, codes."""

@@ -12,7 +12,7 @@ from svdq_compile.dtypes import TORCH_DTYPES
 from svdq_compile.errors import QuantizeError
 from svdq_compile.ops.codec import unpack_codes
 from svdq_compile.ops.reference import dequantize_weight
-from svdq_compile.quantize.data_free import low_rank_factors, quantize_as_exported, quantize_weight
+from svdq_compile.quantization.data_free import low_rank_factors, quantize_as_exported, quantize_weight
 from svdq_compile.spec import COMPONENTS, MODEL_DTYPES, Format
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -74,9 +74,7 @@ def test_low_rank_pair_is_modelopts_up_to_sign(shape, rank, dtype):
 
 
 @pytest.mark.parametrize("dtype", MODEL_DTYPES)
-@pytest.mark.parametrize(
-    ("format", "rank"), [(Format.NVFP4, 32), (Format.NVFP4_SVD, 8), (Format.NVFP4_SVD, 100)]
-)
+@pytest.mark.parametrize(("format", "rank"), [(Format.NVFP4, 32), (Format.NVFP4_SVD, 8), (Format.NVFP4_SVD, 100)])
 def test_components_are_what_the_spec_says(format, rank, dtype):
     spec, parts = quantize_weight(torch.randn(48, 64).to(TORCH_DTYPES[dtype]), format, rank)
     assert (spec.format, spec.out_features, spec.in_features, spec.dtype) == (format, 48, 64, dtype)
@@ -162,6 +160,21 @@ def test_an_empty_weight_stays_finite(format, value):
     assert not parts["qweight"].any()
 
 
+def test_a_plain_string_names_a_format():
+    spec, parts = quantize_weight(torch.randn(16, 32), "nvfp4_svd", 4)
+    assert spec.format is Format.NVFP4_SVD
+    assert parts["lora_up"].shape == (16, 4)
+
+
+def test_a_block_whose_step_underflows_is_zero():
+    weight = torch.zeros(1, 32)
+    weight[0, 0], weight[0, 16] = 4e-42, 1.4e-45
+    codes, _, tensor_scale = quantize_as_exported(weight)
+    assert tensor_scale > 0
+    assert codes[0, 0] == 7
+    assert not codes[0, 16:].any()
+
+
 def test_same_weight_same_bytes():
     weight = torch.randn(48, 64).bfloat16()
     first, second = (quantize_weight(weight.clone(), Format.NVFP4_SVD, 8)[1] for _ in range(2))
@@ -190,7 +203,7 @@ def test_refuses(weight, format, rank, message):
 
 def test_imports_neither_modelopt_nor_diffusers():
     code = (
-        "import sys, svdq_compile.quantize, svdq_compile.quantize.modelopt, svdq_compile.quantize.data_free\n"
+        "import sys, svdq_compile.quantization.modelopt, svdq_compile.quantization.data_free\n"
         "assert not {'modelopt', 'diffusers', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

@@ -16,9 +16,7 @@ from ..ops import codec
 from ..spec import COMPONENTS, E2M1_MAX, E4M3_MAX, E4M3_MIN, GROUP_SIZE, MODEL_DTYPES, Format, LinearSpec
 
 
-def quantize_weight(
-    weight: torch.Tensor, format: Format, rank: int = 32
-) -> tuple[LinearSpec, dict[str, torch.Tensor]]:
+def quantize_weight(weight: torch.Tensor, format: Format, rank: int = 32) -> tuple[LinearSpec, dict[str, torch.Tensor]]:
     """One weight as an unsmoothed linear with a dynamic activation scale.
 
     Args:
@@ -34,15 +32,15 @@ def quantize_weight(
         QuantizeError: shape, dtype, values, format or rank cannot be quantised.
     """
     _check(weight, format, rank)
+    # A string compares equal to its Format, but the `is` tests need the member.
+    format = Format(format)
     values = weight.detach().double()
     factors: dict[str, torch.Tensor] = {}
     if format is Format.NVFP4_SVD:
         down, up = low_rank_factors(values, rank)
         factors = {"lora_down": down.to(weight.dtype), "lora_up": up.to(weight.dtype)}
         if not torch.isfinite(factors["lora_up"]).all():
-            raise QuantizeError(
-                f"the low-rank pair of a weight of shape {list(weight.shape)} overflows {weight.dtype}"
-            )
+            raise QuantizeError(f"the low-rank pair of a weight of shape {list(weight.shape)} overflows {weight.dtype}")
         values = values - factors["lora_up"].double() @ factors["lora_down"].double()
     codes, scale, tensor_scale = quantize_as_exported(values.float())
     parts = {
@@ -117,14 +115,10 @@ def _check(weight: torch.Tensor, format: Format, rank: int) -> None:
     if weight.dim() != 2 or not weight.numel():
         raise QuantizeError(f"a linear's weight has the shape [out, in]; this one has {shape}")
     if weight.shape[1] % GROUP_SIZE:
-        raise QuantizeError(
-            f"a weight of shape {shape} has {shape[1]} inputs; NVFP4 needs a multiple of {GROUP_SIZE}"
-        )
+        raise QuantizeError(f"a weight of shape {shape} has {shape[1]} inputs; NVFP4 needs a multiple of {GROUP_SIZE}")
     if DTYPE_NAMES.get(weight.dtype) not in MODEL_DTYPES:
-        raise QuantizeError(
-            f"a weight of shape {shape} is {weight.dtype}; quantise bfloat16, float16 or float32"
-        )
-    if format is Format.NVFP4_SVD and rank < 1:
+        raise QuantizeError(f"a weight of shape {shape} is {weight.dtype}; quantise bfloat16, float16 or float32")
+    if format == Format.NVFP4_SVD and rank < 1:
         raise QuantizeError(f"rank must be 1 or more, not {rank}; for no low-rank branch use format nvfp4")
     if not torch.isfinite(weight).all():
         raise QuantizeError(f"a weight of shape {shape} holds NaN or infinity")

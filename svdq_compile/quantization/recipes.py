@@ -61,9 +61,7 @@ class Recipe:
             formats = ", ".join(str(format) for format in _QUANTIZERS)
             raise QuantizeError(f"cannot quantise to format {str(self.format)!r}; possible: {formats}")
         if self.rank < 1:
-            raise QuantizeError(
-                f"rank must be 1 or more, not {self.rank}; for no low-rank branch use format nvfp4"
-            )
+            raise QuantizeError(f"rank must be 1 or more, not {self.rank}; for no low-rank branch use format nvfp4")
         if self.blocks_kept < 0:
             raise QuantizeError(f"blocks_kept must be 0 or more, not {self.blocks_kept}")
         if isinstance(self.skip, str):

@@ -78,8 +78,6 @@ def _stream(entries: Iterator[Entry], linears: dict[str, Linear], recipe: Recipe
         else:
             spec, parts = quantize_weight(tensor, recipe.format, recipe.rank)
             if spec != linears[name].spec:
-                raise QuantizeError(
-                    f"{name} is {spec.describe()}, the model has {linears[name].spec.describe()}"
-                )
+                raise QuantizeError(f"{name} is {spec.describe()}, the model has {linears[name].spec.describe()}")
             for component, value in parts.items():
                 yield name, component, value

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from svdq_compile.quantize.fake_quant import cpu_nvfp4, fake_quantize
+from svdq_compile.quantization.fake_quant import cpu_nvfp4, fake_quantize
 
 INTERPRET = pathlib.Path(__file__).with_name("interpret_kernel.py")
 
@@ -28,9 +28,7 @@ def cases():
         return torch.randn(*shape, generator=g)
 
     wide = randn(24, 128) * 10 ** (randn(24, 128) * 4)
-    sweep = torch.cat([torch.ones(4096, 1), randn(4096, 15) / 4], 1) * torch.linspace(0, 3000, 4096).view(
-        -1, 1
-    )
+    sweep = torch.cat([torch.ones(4096, 1), randn(4096, 15) / 4], 1) * torch.linspace(0, 3000, 4096).view(-1, 1)
     result = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         small = randn(8, 64) * 1e-6

@@ -1,0 +1,71 @@
+"""What several subcommands share: options, devices, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+COMPUTE_MODES = ("exact", "modelopt")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Result(Protocol):
+    """What a command prints: a table by ``str()``, plain data by ``to_dict()``."""
+
+    def to_dict(self) -> dict: ...
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="where to run (cuda if there is one, else cpu)")
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compute",
+        choices=COMPUTE_MODES,
+        default="exact",
+        help="what block-scaled hardware computes (exact), or ModelOpt's simulation bit for bit",
+    )
+
+
+def show(result: Result, as_json: bool) -> int:
+    """Prints a result and returns exit code 0."""
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result)
+    return 0
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one, else the CPU.
+
+    Raises:
+        OptionError: no such device here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above zero."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value

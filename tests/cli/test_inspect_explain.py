@@ -1,0 +1,66 @@
+"""inspect and explain: what they print is what the library says, as text and as JSON."""
+
+import collections
+import json
+
+import pytest
+
+import svdq_compile
+from svdq_compile.cli import main
+from svdq_compile.testing.checkpoints import SMALL, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("pipeline") / "transformer")
+
+
+def test_inspect_text(checkpoint, capsys):
+    assert main(["inspect", str(checkpoint.parent)]) == 0
+    assert capsys.readouterr().out == f"{svdq_compile.inspect(checkpoint)}\n"
+
+
+def test_inspect_json(checkpoint, capsys):
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data == svdq_compile.inspect(checkpoint).to_dict()
+    formats = collections.Counter(linear["format"] for linear in data["linears"])
+    assert formats == {"nvfp4_svd": 6, "nvfp4": 8}
+    assert {linear["rank"] for linear in data["linears"]} == {0, 8}
+
+
+def test_inspect_passes_the_revision_on(monkeypatch):
+    seen = {}
+
+    def inspect(path, *, revision):
+        seen.update(path=path, revision=revision)
+        return ""
+
+    monkeypatch.setattr("svdq_compile.inspection.inspect", inspect)
+    assert main(["inspect", "owner/name", "--revision", "v2"]) == 0
+    assert seen == {"path": "owner/name", "revision": "v2"}
+
+
+@pytest.mark.parametrize("compute", ["exact", "modelopt"])
+def test_explain_json(checkpoint, compute, capsys):
+    assert main(["explain", str(checkpoint), "--device", "cpu", "--compute", compute, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["linears"]
+    assert len(rows) == 14 * SMALL["num_layers"] + 6
+    quantised = [row for row in rows if row["format"] != "dense"]
+    assert len(quantised) == 14
+    assert {row["compute"] for row in quantised} == {compute}
+    assert all(row["name"].startswith("transformer_blocks.1.") for row in quantised)
+
+
+def test_explain_text(checkpoint, capsys):
+    assert main(["explain", str(checkpoint), "--device", "cpu"]) == 0
+    model = svdq_compile.load_transformer(checkpoint)
+    assert capsys.readouterr().out == f"{svdq_compile.explain(model)}\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there(checkpoint, device, capsys):
+    assert main(["explain", str(checkpoint), "--device", device]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --device {device}: ")
+    assert message.count("\n") == 1

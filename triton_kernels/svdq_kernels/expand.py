@@ -1,0 +1,61 @@
+"""Packed NVFP4 weights as a bfloat16 matrix, exactly."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .fp4 import GROUP, decode_e4m3, unpack_e2m1
+
+
+@triton.jit
+def _expand_kernel(qweight_ptr, scale_ptr, out_ptr, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """``out = code * block scale`` of BLOCK_G consecutive blocks; all three tensors are contiguous."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_G
+    offs_g = tl.arange(0, BLOCK_G)
+    mask_g = offs_g < num_groups - first
+    offs_b = offs_g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]  # [BLOCK_G, G / 2]
+    offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [BLOCK_G, G]
+    packed = tl.load(qweight_ptr + first * (GROUP // 2) + offs_b, mask=mask_g[:, None], other=0)
+    scale = tl.load(scale_ptr + first + offs_g, mask=mask_g, other=0)
+    values = unpack_e2m1(packed) * decode_e4m3(scale)[:, None]
+    tl.store(out_ptr + first * GROUP + offs_k, values.to(out_ptr.dtype.element_ty), mask=mask_g[:, None])
+
+
+BLOCK_G, NUM_WARPS = 128, 8
+"""4 packed bytes a thread, so that it stores 16 bytes at once and no data crosses threads."""
+
+
+def expand_nvfp4(qweight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """``code * block scale``, without the tensor scale: at most 6 significant bits, so exact in bfloat16.
+
+    Args:
+        qweight: packed codes uint8 [N, K/2], even column in the low nibble.
+        weight_scale: float8_e4m3fn [N, K/16].
+
+    Returns:
+        bfloat16 [N, K], contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    n, half_k = qweight.shape
+    if qweight.dtype != torch.uint8 or weight_scale.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"dtypes {qweight.dtype} and {weight_scale.dtype}, needs uint8 and float8_e4m3fn")
+    if half_k % 8 or tuple(weight_scale.shape) != (n, half_k // 8):
+        raise ValueError(f"weight_scale {tuple(weight_scale.shape)} does not fit {tuple(qweight.shape)} codes")
+    out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=qweight.device)
+    num_groups = weight_scale.numel()
+    if num_groups:
+        # Bits rather than e4m3 values: Triton has no e4m3 loads below sm_89.
+        scale_bits = weight_scale.contiguous().view(torch.uint8)
+        with torch.cuda.device_of(qweight):
+            _expand_kernel[(triton.cdiv(num_groups, BLOCK_G),)](
+                qweight.contiguous(),
+                scale_bits,
+                out,
+                num_groups,
+                GROUP=GROUP,
+                BLOCK_G=BLOCK_G,
+                num_warps=NUM_WARPS,
+            )
+    return out
