@@ -53,7 +53,16 @@ class SVDQWeight(torch.Tensor):
     fingerprint: Fingerprint
 
     @staticmethod
-    def __new__(cls, components: Mapping[str, torch.Tensor], fingerprint: Fingerprint, dtype: torch.dtype):
+    def __new__(
+        cls,
+        components: Mapping[str, torch.Tensor] | SVDQWeight,
+        fingerprint: Fingerprint | None = None,
+        dtype: torch.dtype | None = None,
+        requires_grad: bool = False,
+    ):
+        # Offloading hooks rebuild a parameter as type(parameter)(value, requires_grad=...).
+        if isinstance(components, SVDQWeight):
+            components, fingerprint, dtype = components.parts(), components.fingerprint, components.dtype
         spec = fingerprint.spec
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -63,11 +72,26 @@ class SVDQWeight(torch.Tensor):
             requires_grad=False,
         )
 
-    def __init__(self, components: Mapping[str, torch.Tensor], fingerprint: Fingerprint, dtype: torch.dtype):
+    def __init__(
+        self,
+        components: Mapping[str, torch.Tensor] | SVDQWeight,
+        fingerprint: Fingerprint | None = None,
+        dtype: torch.dtype | None = None,
+        requires_grad: bool = False,
+    ):
+        if isinstance(components, SVDQWeight):
+            self._is_param = True
+            self._adopt(components)
+            return
         check_components(components, fingerprint.spec)
         self.fingerprint = fingerprint
         for name in COMPONENTS:
             setattr(self, name, components.get(name))
+
+    def _adopt(self, other: SVDQWeight) -> None:
+        self.fingerprint = other.fingerprint
+        for name in COMPONENTS:
+            setattr(self, name, getattr(other, name))
 
     @property
     def spec(self) -> LinearSpec:
@@ -108,8 +132,9 @@ class SVDQWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            return _linear(*args, **kwargs)
+        handler = _FUNCTION_HANDLERS.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -145,9 +170,18 @@ def check_components(components: Mapping[str, torch.Tensor], spec: LinearSpec) -
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not isinstance(weight, SVDQWeight) or isinstance(input, SVDQWeight):
+    if not isinstance(weight, SVDQWeight) or isinstance(input, SVDQWeight) or isinstance(bias, SVDQWeight):
         raise DenseWeightError("F.linear with a quantised weight as input or bias", "see the traceback")
     return linear(input, *(getattr(weight, name) for name in COMPONENTS), bias, weight.fingerprint.compute)
+
+
+def _set_data(weight: SVDQWeight, source: torch.Tensor) -> None:
+    """``weight.data = source``, which offloading hooks move weights by: the components follow the face."""
+    if not isinstance(source, SVDQWeight):
+        raise DenseWeightError("assigning a dense tensor to .data", weight.spec.describe())
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(weight, source)
+    weight._adopt(source)
 
 
 def _each(func, args, kwargs):
@@ -243,6 +277,13 @@ def take(weight: SVDQWeight, dim: int, start: int, end: int, step: int = 1) -> S
         spec = dataclasses.replace(spec, in_features=end - start)
     return SVDQWeight(parts, dataclasses.replace(weight.fingerprint, spec=spec), weight.dtype)
 
+
+_FUNCTION_HANDLERS = {
+    torch.nn.functional.linear: _linear,
+    torch.Tensor.data.__set__: _set_data,
+    # A wrapper has no storage of its own; hooks tell tensors apart by this.
+    torch.Tensor.data_ptr: lambda weight: weight.qweight.data_ptr(),
+}
 
 _HANDLERS = {
     aten.detach.default: _each,

@@ -161,12 +161,35 @@ def test_switching_the_compute_mode_shares_the_tensors(layer):
         layer.weight.with_compute("fastest")
 
 
-def test_half_to_and_data_assignment_like_offload_hooks_do(layer, x):
-    """Offloading replaces ``.data`` or the parameter by a copy elsewhere and back."""
-    expected = layer(x)
-    home = layer.weight.data
-    layer.weight.data = home.to("cpu", copy=True)
+def test_assigning_data_moves_the_components_too(layer, x):
+    """Group offloading does ``parameter.data = elsewhere`` and back (between devices: tests/gpu)."""
+    other = random_linear(32, 48, format=layer.weight.spec.format, generator=torch.Generator().manual_seed(9))
+    other.bias = layer.bias
+    expected, parameter, home = layer(x), layer.weight, layer.weight.data.clone()
+    layer.weight.data = other.weight.data
+    assert layer.weight is parameter
+    assert_bits_equal(layer(x), other(x))
+    layer.weight.data = home
     assert_bits_equal(layer(x), expected)
-    layer._parameters["weight"] = nn.Parameter(home.to("meta"), requires_grad=False)
-    layer._parameters["weight"] = nn.Parameter(home, requires_grad=False)
-    assert_bits_equal(layer(x), expected)
+    with pytest.raises(DenseWeightError):
+        layer.weight.data = torch.zeros(32, 48, dtype=torch.bfloat16)
+
+
+def test_sequential_offloading_moves_weights_in_and_out():
+    """accelerate's hooks rebuild each parameter from the offloaded copy around every forward."""
+    from accelerate import cpu_offload
+
+    layers = [random_linear(48, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    model = nn.Sequential(*layers)
+    x = torch.randn(5, 48).bfloat16()
+    expected = model(x)
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded[0].weight.device.type == "meta"
+    for _ in range(2):
+        assert_bits_equal(offloaded(x), expected)
+    assert offloaded[0].weight.device.type == "meta"
+
+
+def test_weights_have_pointers_of_their_own():
+    a, b = random_linear(32, 48).weight, random_linear(32, 48).weight
+    assert len({a.data_ptr(), b.data_ptr(), 0}) == 3
