@@ -1,4 +1,4 @@
-"""Every private torch symbol this package uses, and the torch versions it was written for."""
+"""Every private symbol of torch's compiler this package uses, and the torch versions it was written for."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ from .ops.weight import SVDQWeight
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One linear: its name, format, sizes, bytes on the device, implementation and the reason for it."""
+    """One linear: its name, format, sizes, bytes on the device, implementation and the reason for it.
+
+    ``fused`` is None for an unquantised linear, which is not ours to fuse.
+    """
 
     name: str
     format: str
@@ -23,7 +26,7 @@ class Row:
     nbytes: int
     compute: str
     kernel: str
-    fused: bool
+    fused: bool | None
     reason: str
 
 
@@ -66,7 +69,7 @@ def _row(name: str, module: nn.Linear) -> Row:
     sizes = (module.in_features, module.out_features)
     if not isinstance(weight, SVDQWeight):
         nbytes = weight.numel() * weight.element_size()
-        return Row(name, "dense", *sizes, 0, nbytes, "", "torch", True, f"unquantised, {weight.dtype}")
+        return Row(name, "dense", *sizes, 0, nbytes, "", "torch", None, f"unquantised, {weight.dtype}")
     choice = select(weight.fingerprint, weight.device)
     return Row(
         name,

@@ -194,8 +194,16 @@ def _model_dtype(source: Source, quantised: dict[str, dict[str, TensorInfo]], de
                 roles.append(parts[part])
                 keys.append(f"{name}.{MODELOPT_LEAF.get(part, part)}")
     counts = collections.Counter(info.dtype for info in roles if info.dtype in MODEL_DTYPES)
-    if not counts:
+    if not roles:
         return "BF16"
+    if not counts:
+        raise DtypeError(
+            "no tensor has a dtype models are exported in",
+            file=roles[0].file,
+            key=keys[0],
+            found=roles[0].dtype,
+            needed=" or ".join(MODEL_DTYPES),
+        )
     dtype = counts.most_common(1)[0][0]
     for key, info in zip(keys, roles, strict=True):
         if info.dtype != dtype:
@@ -327,6 +335,8 @@ def _cross_check(
         warnings.append(f"config says {algo}, but some linears are {found}; each linear counts as what it is")
     if algo == "NVFP4_SVD" and Format.NVFP4_SVD not in formats:
         warnings.append("config says NVFP4_SVD, but no linear has a low-rank branch")
+    if _group_flag(quantization, "pre_quant_scale", True) is False and any(x.spec.smooth for x in linears.values()):
+        warnings.append("config says pre_quant_scale false, but some linears have one; they are smoothed")
     mixed = _mixed_roles(linears)
     if mixed:
         warnings.append(f"the same layer has different formats in different blocks: {', '.join(mixed)}")

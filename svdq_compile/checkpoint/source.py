@@ -107,9 +107,14 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [f"{prefix}*{suffix}" for prefix in ("", f"{SUBFOLDER}/") for suffix in (".json", ".safetensors")]
+    # The Hub's "*" also matches "/", so a bare "*.safetensors" would fetch the whole pipeline.
+    nested = [f"{SUBFOLDER}/*.json", f"{SUBFOLDER}/*.safetensors"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=nested))
+        if _is_file(folder / SUBFOLDER / CONFIG_NAME):
+            return folder
+        flat = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=flat, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointNotFoundError(
             "not a local path, and the Hub does not give it",

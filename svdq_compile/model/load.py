@@ -111,8 +111,8 @@ def load_into(
 ) -> nn.Module:
     """Puts a checkpoint's weights into an existing model, for good.
 
-    Tensors go where the model's own are, and unquantised ones take their dtype. If anything is wrong with the
-    checkpoint, the model stays as it was.
+    Tensors go to the device of the model's first tensor, and unquantised ones take the dtype of those they replace.
+    If anything is wrong with the checkpoint, the model stays as it was.
 
     Args:
         model: the model, or what ``torch.compile(model)`` returned.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -49,17 +50,22 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
         folder = folder / SUBFOLDER
     tensors = _tensors(inner, _checkpoint_dtype(inner), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("diffusion_pytorch_model*.safetensors"), folder / INDEX_NAME):
-        stale.unlink(missing_ok=True)
     pattern = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
-    for name, keys in split.filename_to_tensors.items():
-        shard = _unshared({key: tensors[key].contiguous() for key in keys})
-        safetensors.torch.save_file(shard, folder / name, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / INDEX_NAME, index)
-    _write_json(folder / CONFIG_NAME, _config(inner, linears))
+    # Written aside first: a save that fails half-way leaves the checkpoint that was there.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        aside = Path(scratch)
+        for name, keys in split.filename_to_tensors.items():
+            shard = _unshared({key: tensors[key].contiguous() for key in keys})
+            safetensors.torch.save_file(shard, aside / name, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            _write_json(aside / INDEX_NAME, index)
+        _write_json(aside / CONFIG_NAME, _config(inner, linears))
+        for stale in (*folder.glob("diffusion_pytorch_model*.safetensors"), folder / INDEX_NAME):
+            stale.unlink(missing_ok=True)
+        for written in aside.iterdir():
+            written.replace(folder / written.name)
     return folder
 
 

@@ -133,7 +133,7 @@ def _refuse_backward(ctx, grad):
     )
 
 
-library.impl("linear", linear_reference, "CPU")
+library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("linear", _cuda, "CUDA")
 torch.library.register_fake("svdq::linear", _fake, lib=library)
 torch.library.register_autograd("svdq::linear", _refuse_backward, lib=library)

@@ -102,25 +102,33 @@ def test_a_path_that_is_nothing_is_not_asked_of_the_hub(monkeypatch, load_error,
     assert error.file is not None
 
 
-def test_a_hub_id_is_fetched_at_its_revision(monkeypatch, pipeline, tmp_path):
-    calls = []
+@pytest.mark.parametrize("layout", ["pipeline", "transformer"])
+def test_a_hub_id_is_fetched_at_its_revision(monkeypatch, pipeline, tmp_path, layout):
+    """Of a pipeline's repository the transformer is fetched and nothing else; a bare transformer's as it is."""
+    repository = pipeline if layout == "pipeline" else pipeline / "transformer"
+    (pipeline / "vae").mkdir(exist_ok=True)
+    (pipeline / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"big")
+    calls, fetched = [], set()
 
-    def snapshot_download(repo, *, revision, allow_patterns):
+    def snapshot_download(repo, *, revision, allow_patterns, ignore_patterns=None):
         calls.append((repo, revision))
         wanted = huggingface_hub.utils.filter_repo_objects(
-            (str(f.relative_to(pipeline)) for f in pipeline.rglob("*") if f.is_file()),
+            (str(f.relative_to(repository)) for f in repository.rglob("*") if f.is_file()),
             allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
         )
         for name in wanted:
+            fetched.add(name)
             target = tmp_path / "cache" / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(pipeline / name, target)
+            shutil.copy(repository / name, target)
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     model = svdq_compile.load_transformer("owner/name", revision="v1")
-    assert calls == [("owner/name", "v1")]
+    assert set(calls) == {("owner/name", "v1")}
+    assert not any("vae" in name for name in fetched)
     assert differing(model, svdq_compile.load_transformer(pipeline)) == []
 
 

@@ -47,7 +47,7 @@ def make(leading, shape, rank, x_dtype, model_dtype, smooth, dynamic, bias, seed
 def oracle(x, qweight, weight_scale, weight_scale_2, input_scale, s, lora_down, lora_up, bias):
     """Float64 sums of the operands that float32 arithmetic quantises to.
 
-    Not linear_reference of x.double(): its scales are float64, and may decide a tie the other way.
+    Not linear_reference of x.double(): smoothing in float64 is not rounded to the dtype of x.
     """
     x_hat = reference.smooth(x, s)
     t = reference.dynamic_input_scale(x_hat) if input_scale is None else input_scale
