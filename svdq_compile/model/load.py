@@ -75,7 +75,7 @@ def load_transformer(
         device: where the model goes.
         dtype: dtype of the unquantised tensors and of the activations the model asks for; None keeps the
             checkpoint's. Packed tensors keep theirs always.
-        compute: ``exact`` (what block-scaled hardware computes) or ``modelopt`` (ModelOpt's simulation, bit for bit).
+        compute: ``exact`` (what block-scaled hardware computes) or ``modelopt`` (ModelOpt's own simulation).
         quantize: for an unquantised checkpoint: ``nvfp4`` or ``nvfp4_svd`` quantises its linears while they load,
             without data: no smoothing, activation scale per token.
         rank: rank of the low-rank branch with ``quantize="nvfp4_svd"``.

@@ -4,7 +4,7 @@
     y     = quantize(x_hat) @ dequantize(R).T + (x_hat @ L2.T) @ L1.T + bias
 
 Two modes compute it. ``exact`` is what block-scaled hardware does: operands exact, sums in float32, one rounding at
-the end. ``modelopt`` reproduces NVIDIA ModelOpt's own simulation bit for bit: every operand rounded to the
+the end. ``modelopt`` reproduces NVIDIA ModelOpt's own simulation, NVFP4 bit for bit: every operand rounded to the
 activation's dtype, every product in it. Float64 activations make ``exact`` the oracle: the same quantised operands,
 summed in float64.
 
