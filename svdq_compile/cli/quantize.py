@@ -128,7 +128,7 @@ def calibrate_and_export(args: argparse.Namespace, source: Path, prompts: list[s
     if is_quantised(str(source)):
         raise QuantizeError(f"{source} is quantised already; give the unquantised pipeline")
     pipe = load_pipeline(str(source), pick_device(args.device), getattr(torch, args.dtype))
-    export(pipe.transformer, calibration(pipe, prompts, args), target, recipe, seed=args.seed)
+    export(pipe.transformer, calibration(pipe, prompts, args), target, recipe, seed=args.seed, copy=False)
 
 
 def calibration(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> Callable[[nn.Module], None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ def export(
     recipe: Recipe,
     *,
     seed: int = 0,
+    copy: bool = True,
 ) -> Path:
-    """Quantise a copy of ``model`` and write it as ModelOpt's checkpoint: ``config.json`` and safetensors.
+    """Quantise a model with ModelOpt and write its checkpoint: ``config.json`` and safetensors.
 
     The same model, data and seed give the same bytes. The random state of torch, NumPy and ``random`` is left
-    as it was. The copy needs the model's memory a second time.
+    as it was.
 
     Args:
         model: a diffusers transformer with ``transformer_blocks``, on any device, in the dtype to export.
@@ -45,6 +46,8 @@ def export(
         output: folder to write into; created if need be.
         recipe: what to quantise and how.
         seed: seed of every random number that is drawn while ``forward_loop`` and ModelOpt run.
+        copy: work on a copy, which needs the model's memory a second time. Without it ModelOpt changes the model
+            itself, which is of no further use.
 
     Returns:
         ``output``.
@@ -56,11 +59,11 @@ def export(
     mtq, export_hf_checkpoint = _modelopt()
     config = quant_config(recipe, _check(model, recipe))
     output = Path(output)
-    copied = copy.deepcopy(model).eval()
+    worked_on = (deepcopy(model) if copy else model).eval()
     loop = _Loop(forward_loop, PASSES[recipe.format])
     with _seeded(seed), cpu_nvfp4(), _complete_dummy_inputs(), _prints_to_log(), torch.no_grad(), loop:
-        mtq.quantize(copied, config, loop)
-        export_hf_checkpoint(copied, export_dir=output)
+        mtq.quantize(worked_on, config, loop)
+        export_hf_checkpoint(worked_on, export_dir=output)
     return output
 
 

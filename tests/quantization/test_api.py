@@ -1,0 +1,45 @@
+"""``svdq_compile.quantize``: through ModelOpt's files to a new model, the old one untouched."""
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+import svdq_compile
+from svdq_compile.errors import QuantizeError
+from svdq_compile.model.load import quantised_linears
+from svdq_compile.testing.checkpoints import SMALL, example_inputs
+from svdq_compile.testing.compare import differing
+from svdq_compile.testing.oracle import relative_error
+
+pytest.importorskip("modelopt")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(**SMALL).bfloat16().eval()
+
+
+def calibrate(transformer):
+    transformer(**example_inputs(transformer))
+
+
+@pytest.mark.parametrize("format", ["nvfp4_svd", "nvfp4", "fp8"])
+def test_the_result_is_the_checkpoint_and_the_model_is_untouched(model, format, tmp_path):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    quantised = svdq_compile.quantize(model, calibrate, format=format, rank=8, blocks_kept=1, output=tmp_path)
+    assert len(quantised_linears(quantised)) == 14
+    assert not differing(quantised, svdq_compile.load_transformer(tmp_path))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    expected = model(**example_inputs(model))[0]
+    assert 0 < relative_error(quantised(**example_inputs(quantised))[0], expected) < 0.2
+
+
+def test_without_an_output_the_files_are_temporary(model):
+    first, second = (svdq_compile.quantize(model, calibrate, rank=8, blocks_kept=1, seed=3) for _ in range(2))
+    assert not differing(first, second)
+
+
+def test_an_unknown_format_is_refused(model):
+    with pytest.raises(QuantizeError, match="int4"):
+        svdq_compile.quantize(model, calibrate, format="int4")
