@@ -114,6 +114,7 @@ class _Loop:
         self.passes = passes
         self.stdout = sys.stdout
         self.done = 0
+        self.forwards = 0
 
     def __enter__(self) -> _Loop:
         from diffusers.utils.logging import tqdm
@@ -125,7 +126,7 @@ class _Loop:
         self.bar.close()
 
     def __call__(self, model: torch.nn.Module) -> None:
-        hook = model.register_forward_hook(lambda *_: self.bar.update() and None)
+        hook = model.register_forward_hook(self._count)
         try:
             with contextlib.redirect_stdout(self.stdout):
                 self.forward_loop(model)
@@ -133,8 +134,13 @@ class _Loop:
             hook.remove()
         self.done += 1
         if self.done == 1:
-            self.bar.total = self.bar.n * self.passes
+            self.bar.total = self.forwards * self.passes
             self.bar.refresh()
+
+    def _count(self, *_: object) -> None:
+        # Not read off the bar: a disabled one has no numbers.
+        self.forwards += 1
+        self.bar.update()
 
 
 @contextlib.contextmanager

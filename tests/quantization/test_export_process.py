@@ -108,3 +108,19 @@ def test_progress_counts_forward_passes():
         model(torch.ones(4))
         loop(model)
         assert (loop.bar.n, loop.bar.total) == (10, 15)
+
+
+def test_disabled_progress_bars_do_not_stop_calibration():
+    """What ``diffusers.utils.logging.disable_progress_bar()`` leaves is a bar without numbers."""
+    from diffusers.utils import logging as diffusers_logging
+
+    model = torch.nn.Linear(2, 2)
+    loop = _Loop(lambda module: module(torch.zeros(1, 2)), passes=3)
+    diffusers_logging.disable_progress_bar()
+    try:
+        with loop:
+            loop(model)
+            loop(model)
+    finally:
+        diffusers_logging.enable_progress_bar()
+    assert (loop.done, loop.forwards) == (2, 2)
