@@ -56,14 +56,17 @@ def export(
         MissingPackageError: ModelOpt or onnx is not installed.
         QuantizeError: the model has no blocks, too few of them, or a linear that NVFP4 cannot store.
     """
-    mtq, export_hf_checkpoint = _modelopt()
-    config = quant_config(recipe, _check(model, recipe))
-    output = Path(output)
-    worked_on = (deepcopy(model) if copy else model).eval()
-    loop = _Loop(forward_loop, PASSES[recipe.format])
-    with _seeded(seed), cpu_nvfp4(), _complete_dummy_inputs(), _prints_to_log(), torch.no_grad(), loop:
-        mtq.quantize(worked_on, config, loop)
-        export_hf_checkpoint(worked_on, export_dir=output)
+    # Importing ModelOpt draws random numbers too.
+    with _kept_random_state():
+        mtq, export_hf_checkpoint = _modelopt()
+        config = quant_config(recipe, _check(model, recipe))
+        output = Path(output)
+        worked_on = (deepcopy(model) if copy else model).eval()
+        loop = _Loop(forward_loop, PASSES[recipe.format])
+        with cpu_nvfp4(), _complete_dummy_inputs(), _prints_to_log(), torch.no_grad(), loop:
+            _seed(seed)
+            mtq.quantize(worked_on, config, loop)
+            export_hf_checkpoint(worked_on, export_dir=output)
     return output
 
 
@@ -144,20 +147,26 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and ``random``, and put their states back afterwards."""
+def _kept_random_state() -> Iterator[None]:
+    """Put the random states of torch, NumPy and ``random`` back afterwards."""
     import numpy
 
     numpy_state, python_state = numpy.random.get_state(), random.getstate()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        numpy.random.seed(seed % 2**32)
-        random.seed(seed)
         try:
             yield
         finally:
             numpy.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+def _seed(seed: int) -> None:
+    """Seed torch, NumPy and ``random``."""
+    import numpy
+
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @contextlib.contextmanager
