@@ -147,6 +147,31 @@ def new_parameters(
             yield slot, _like(slot, weight)
 
 
+def parameters_of(model: nn.Module, slots: dict[str, Slot]) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Another model's parameters and buffers, for the slots of one of the same architecture; memory is shared.
+
+    Args:
+        model: the model that has them.
+        slots: the slots of the model they are for.
+
+    Raises:
+        MissingKeyError, LeftoverKeyError, ShapeError: the models differ.
+    """
+    given = slots_of(model)
+    for error, keys in (
+        (MissingKeyError, slots.keys() - given.keys()),
+        (LeftoverKeyError, given.keys() - slots.keys()),
+    ):
+        if keys:
+            raise error(f"the models differ: {len(keys)} tensors are in one of them only", key=min(keys))
+    for key, slot in slots.items():
+        value = given[key].get().detach()
+        if value.shape != slot.get().shape:
+            found, needed = list(value.shape), list(slot.get().shape)
+            raise ShapeError("the models differ in a tensor's shape", key=key, found=found, needed=needed)
+        yield slot, _like(slot, value.to(slot.get().device))
+
+
 def _like(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
     """A parameter where the slot holds a parameter, else a plain tensor.
 

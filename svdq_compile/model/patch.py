@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .bind import Slot, check_fit, new_parameters, unwrap
+from .bind import Slot, check_fit, new_parameters, parameters_of, slots_of, unwrap
 from .load import LoadedCheckpoint, device_of, open_entries
 
 Layer = list[tuple[Slot, torch.Tensor]]
@@ -24,7 +24,7 @@ _layers: weakref.WeakKeyDictionary[nn.Module, list[Layer]] = weakref.WeakKeyDict
 @contextlib.contextmanager
 def patch(
     model: nn.Module,
-    path_or_loaded: str | os.PathLike[str] | LoadedCheckpoint,
+    path_or_loaded: str | os.PathLike[str] | LoadedCheckpoint | nn.Module,
     *,
     compute: str = "exact",
     revision: str | None = None,
@@ -41,17 +41,21 @@ def patch(
     Args:
         model: the model, or what ``torch.compile(model)`` returned.
         path_or_loaded: transformer folder, pipeline folder, ``.safetensors`` file, Hub id, or what
-            :func:`svdq_compile.load_checkpoint` returned.
-        compute: ``exact`` or ``modelopt``.
+            :func:`svdq_compile.load_checkpoint` or :func:`svdq_compile.load_transformer` returned.
+        compute: ``exact`` or ``modelopt``; a loaded transformer keeps its own.
         revision: Hub branch, tag or commit.
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; the model is untouched.
     """
     inner = unwrap(model)
-    manifest, entries = open_entries(path_or_loaded, device_of(inner), revision)
-    slots = check_fit(inner, manifest)
-    layer: Layer = list(new_parameters(manifest, slots, entries, compute, None))
+    if isinstance(path_or_loaded, nn.Module):
+        slots = slots_of(inner)
+        layer: Layer = list(parameters_of(unwrap(path_or_loaded), slots))
+    else:
+        manifest, entries = open_entries(path_or_loaded, device_of(inner), revision)
+        slots = check_fit(inner, manifest)
+        layer = list(new_parameters(manifest, slots, entries, compute, None))
     with _lock:
         _layers.setdefault(inner, [[(slot, slot.get()) for slot in slots.values()]]).append(layer)
         _put(layer)

@@ -133,6 +133,27 @@ def test_a_bad_checkpoint_leaves_the_model_alone(model, folders, tmp_path):
     assert_same_objects(model, before)
 
 
+def test_a_loaded_transformer_lends_its_weights(model, folders):
+    """The memory is shared, and the compute mode is the lender's."""
+    before = objects(model)
+    lender = svdq_compile.load_transformer(folders[0], compute="modelopt")
+    with svdq_compile.patch(model, lender):
+        assert_bits_equal(run(model), run(lender))
+        key = "transformer_blocks.1.attn.to_q.weight"
+        assert objects(model)[key].qweight.data_ptr() == objects(lender)[key].qweight.data_ptr()
+    assert_same_objects(model, before)
+
+
+def test_a_transformer_of_another_architecture_is_refused(model, tmp_path):
+    before = objects(model)
+    for change in ({"num_layers": 4}, {"num_layers": 2}, {"joint_attention_dim": 48}):
+        write_checkpoint(tmp_path / str(change), config=SMALL | change, recipe="nvfp4", blocks_kept=0)
+        lender = svdq_compile.load_transformer(tmp_path / str(change))
+        with pytest.raises(CheckpointError, match="the models differ"), svdq_compile.patch(model, lender):
+            pytest.fail("the block must not run")
+    assert_same_objects(model, before)
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_code_notices_and_toggles_without_recompiling(model, folders):
     """One graph for the dense block, one for the quantised one, however often the patch comes and goes."""

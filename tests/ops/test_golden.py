@@ -98,7 +98,10 @@ def test_the_recording_tells_a_wrong_formula(export, ablation):
 
 @pytest.mark.skipif(WHOLE_EXPORT is None, reason="set SVDQ_GOLDEN to a folder with a whole recorded export")
 def test_whole_model_reproduces_modelopt():
-    """The whole model is ``torch.equal`` to ModelOpt's where the CPU sums in the recording's order (AVX-512)."""
+    """The whole model is ``torch.equal`` to ModelOpt's where the CPU sums in the recording's order.
+
+    On a CPU with AMX that takes ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512_E3``.
+    """
     folder = Path(WHOLE_EXPORT)
     recorded = load_file(folder / "recorded_io.safetensors")
     with safe_open(folder / "recorded_io.safetensors", "pt") as handle:
