@@ -32,10 +32,17 @@ class Fingerprint:
     Args:
         spec: format, sizes and parts. Names nothing that differs between two blocks of the same recipe.
         compute: ``exact`` or ``modelopt`` (:mod:`svdq_compile.ops.reference`).
+
+    Raises:
+        ValueError: an unknown compute mode.
     """
 
     spec: LinearSpec
     compute: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.compute not in reference.COMPUTE_MODES:
+            raise ValueError(f"compute={self.compute!r}: choose one of {', '.join(reference.COMPUTE_MODES)}")
 
 
 class SVDQWeight(torch.Tensor):
@@ -106,9 +113,7 @@ class SVDQWeight(torch.Tensor):
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
     def with_compute(self, compute: str) -> SVDQWeight:
-        """The same tensors under another compute mode."""
-        if compute not in reference.COMPUTE_MODES:
-            raise ValueError(f"compute={compute!r}: choose one of {', '.join(reference.COMPUTE_MODES)}")
+        """The same tensors under another compute mode; ValueError if there is no such mode."""
         return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, compute=compute), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Fingerprint, torch.dtype]]:

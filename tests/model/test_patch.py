@@ -144,6 +144,15 @@ def test_a_loaded_transformer_lends_its_weights(model, folders):
     assert_same_objects(model, before)
 
 
+def test_an_unknown_compute_mode_is_refused_at_once(model, folders):
+    before = objects(model)
+    with pytest.raises(ValueError, match="choose one of exact, modelopt"):
+        svdq_compile.load_transformer(folders[0], compute="fast")
+    with pytest.raises(ValueError, match="choose one of"), svdq_compile.patch(model, folders[0], compute="fast"):
+        pytest.fail("the block must not run")
+    assert_same_objects(model, before)
+
+
 def test_a_transformer_of_another_architecture_is_refused(model, tmp_path):
     before = objects(model)
     for change in ({"num_layers": 4}, {"num_layers": 2}, {"joint_attention_dim": 48}):
