@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -61,7 +60,6 @@ __all__ = [
     "CustomGraphPass",
     "check_torch",
     "compile_fx",
-    "counters",
     "inductor_config",
     "list_mode_options",
     "reset_cudagraph_trees",

@@ -59,7 +59,7 @@ def linear_cuda(
     activations multiply in float32 throughout, because tensor cores drop low bits of their sums; full
     precision then needs the setting ``highest``, PyTorch's default.
     """
-    from .linear import _validate, linear_reference
+    from .linear import linear_reference, validate
 
     if not is_supported(x, qweight, input_scale, compute):
         return linear_reference(
@@ -74,7 +74,7 @@ def linear_cuda(
             bias,
             compute,
         )
-    _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
+    validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
 
     from svdq_kernels.activation import quantize_nvfp4
     from svdq_kernels.expand import expand_nvfp4

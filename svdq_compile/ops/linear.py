@@ -24,7 +24,7 @@ def _check(condition: bool, message: str) -> None:
     torch._check(condition, lambda: f"svdq::linear: {message}")
 
 
-def _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute) -> None:
+def validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute) -> None:
     """Shapes that must agree; dynamic sizes are compared symbolically."""
     nvfp4 = qweight.dtype == torch.uint8
     _check(
@@ -81,7 +81,7 @@ def linear_reference(
     Raises:
         RuntimeError: shapes or dtypes that do not fit together.
     """
-    _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
+    validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
     # Autocast would round the sums' operands to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         if qweight.dtype == torch.uint8:
@@ -115,7 +115,7 @@ def _fake(
     bias,
     compute="exact",
 ):
-    _validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
+    validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 

@@ -176,7 +176,8 @@ def check_components(components: Mapping[str, torch.Tensor], spec: LinearSpec) -
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not isinstance(weight, SVDQWeight) or isinstance(input, SVDQWeight) or isinstance(bias, SVDQWeight):
-        raise DenseWeightError("F.linear with a quantised weight as input or bias", "see the traceback")
+        culprit = next(a for a in (input, bias, weight) if isinstance(a, SVDQWeight))
+        raise DenseWeightError("F.linear with a quantised weight as its input or bias", culprit.spec.describe())
     return linear(input, *(getattr(weight, name) for name in COMPONENTS), bias, weight.fingerprint.compute)
 
 
@@ -202,7 +203,9 @@ def _copy_to(func, args, kwargs):
 def _copy_into(func, args, kwargs):
     target, source = args[:2]
     if not isinstance(target, SVDQWeight) or not isinstance(source, SVDQWeight):
-        raise DenseWeightError("copy_ between a dense and a quantised weight", "load a checkpoint with load_into")
+        culprit = target if isinstance(target, SVDQWeight) else source
+        hint = "load a checkpoint with load_into"
+        raise DenseWeightError("copying between a dense and a quantised weight", culprit.spec.describe(), hint)
     if target.spec != source.spec:
         raise FingerprintError(f"cannot copy {source.spec.describe()} into {target.spec.describe()}")
     sources = source.parts()
