@@ -9,12 +9,23 @@ import re
 from functools import cache
 from pathlib import Path
 
+import sympy
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.select_algorithm import (
+    ExternKernelChoice,
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+)
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv as ceildiv
 
 from .errors import TorchVersionError
 
@@ -55,13 +66,73 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+UNKNOWN_SIZE = 4096
+"""Stands for a size nothing is known of."""
+
+
+def size_hint(size: sympy.Expr | int) -> int:
+    """A likely value of a size that need not be known; guards nothing."""
+    return int(V.graph.sizevars.optimization_hint(size, fallback=UNKNOWN_SIZE))
+
+
+def at_most(size: sympy.Expr | int, limit: int) -> bool:
+    """Whether a size is at most a limit. A symbolic size gets a guard that keeps the answer true."""
+    return bool(V.graph.sizevars.guard_or_false(sympy.Le(size, limit)))
+
+
+def tunes_gemms() -> bool:
+    """Whether the user asked for GEMMs to be chosen by measurement (``mode="max-autotune"``)."""
+    return inductor_config.max_autotune or inductor_config.max_autotune_gemm
+
+
+def template_call(
+    template: TritonTemplate,
+    name: str,
+    inputs: list[ir.TensorBox],
+    layout: ir.Layout,
+    configs: list[dict[str, object]],
+    extern: ExternKernelChoice | None = None,
+    extern_constants: dict[str, object] | None = None,
+) -> ir.TensorBox:
+    """The node of a template; with several configurations or an extern function, of the fastest.
+
+    Args:
+        configs: constants of the template, ``num_warps`` and ``num_stages`` among them.
+        extern: a function on the same inputs, and its constants.
+    """
+    choices: list = []
+    if extern is not None:
+        extern.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **(extern_constants or {}))
+    for config in configs:
+        error = template.maybe_append_choice(choices, input_nodes=tuple(inputs), layout=layout, **config)
+        if error is not None and len(configs) == 1:
+            raise error
+    result = autotune_select_algorithm(name, choices, inputs, layout)
+    # torch 2.11 returns the node, later versions the node and the choice.
+    return result[0] if isinstance(result, tuple) else result
+
+
 __all__ = [
     "FUNCTIONAL_LINEAR",
     "CustomGraphPass",
+    "ExternKernelChoice",
+    "SymbolicGridFn",
+    "TritonTemplate",
+    "at_most",
+    "ceildiv",
     "check_torch",
     "compile_fx",
+    "fallback_handler",
     "inductor_config",
+    "ir",
+    "kernel_side_table",
     "list_mode_options",
+    "lowerings",
+    "register_lowering",
     "reset_cudagraph_trees",
+    "size_hint",
     "source_hash",
+    "template_call",
+    "triton_kernel_wrapper_mutation",
+    "tunes_gemms",
 ]

@@ -13,7 +13,9 @@ from torch import fx
 
 from . import _compat, options
 from .errors import StrictError
+from .lowering.linear import active
 from .lowering.select import select
+from .ops.native import has_native_fp4
 from .passes.base import SourceKeyed
 from .passes.insert_linear import Report, insert_linear
 
@@ -44,13 +46,17 @@ def svdq(
     """
     _compat.check_torch()
     ours, patches = parse_options(mode, options)
-    report = insert_linear(gm)
+    report = insert_linear(gm, ours.compute)
     _log_report(report)
+    for device in {match.device for match in report.matched}:
+        # May run a kernel, which the lowering must not.
+        has_native_fp4(device)
     if ours.strict:
         refuse_slower_paths(report)
     previous = patches.get("post_grad_custom_pre_pass", _compat.inductor_config.post_grad_custom_pre_pass)
     patches["post_grad_custom_pre_pass"] = SourceKeyed(previous, len(report.matched))
-    return _compat.compile_fx(gm, list(example_inputs), config_patches=patches)
+    with active():
+        return _compat.compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
 parse_options = options.parse
@@ -58,8 +64,8 @@ svdq.reset = _compat.reset_cudagraph_trees
 
 
 def refuse_slower_paths(report: Report) -> None:
-    """Raises StrictError unless every linear of a graph runs on a fused kernel."""
-    slower = [(m, c) for m in report.matched if not (c := select(m.fingerprint, m.device)).fused]
+    """Raises StrictError unless our kernels compute every quantised linear of a graph."""
+    slower = [(m, c) for m in report.matched if not (c := select(m.fingerprint, m.device, m.dtype)).fused]
     if slower:
         lines = sorted({f"  {m.fingerprint.spec.describe()} on {m.device}: {c.kernel} ({c.reason})" for m, c in slower})
         raise StrictError(f"strict: {len(slower)} linears would take a slower path\n" + "\n".join(lines))
@@ -68,5 +74,5 @@ def refuse_slower_paths(report: Report) -> None:
 def _log_report(report: Report) -> None:
     log.info("%s", report.summary().splitlines()[0])
     for match in report.matched:
-        choice = select(match.fingerprint, match.device)
+        choice = select(match.fingerprint, match.device, match.dtype)
         log.debug("%s: %s -> %s (%s)", match.node, match.fingerprint.spec.describe(), choice.kernel, choice.reason)

@@ -200,6 +200,13 @@ class DenseWeightError(SvdqError, NotImplementedError):
         )
 
 
+class StorageError(SvdqError, ValueError):
+    """There is no such storage, or a weight has given up by its storage what is asked of it."""
+
+    def __init__(self, what: str, hint: str = "load the checkpoint with storage='packed'") -> None:
+        super().__init__(f"{what}\n  hint:   {hint}")
+
+
 class FingerprintError(SvdqError, RuntimeError):
     """A weight in a traced graph does not look the way its fingerprint says."""
 

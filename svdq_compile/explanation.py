@@ -8,14 +8,16 @@ from torch import nn
 
 from .lowering.select import select
 from .model.bind import unwrap
+from .ops.modes import resolve
 from .ops.weight import SVDQWeight
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One linear: its name, format, sizes, bytes on the device, implementation and the reason for it.
+    """One linear: its name, format, sizes, storage, bytes on the device, implementation and the reason for it.
 
-    ``fused`` is None for an unquantised linear, which is not ours to fuse.
+    ``compute`` is what ``auto`` means on that device. ``fused`` is None for an unquantised linear, which is not ours
+    to fuse; its ``storage`` and ``compute`` are empty.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Row:
     in_features: int
     out_features: int
     rank: int
+    storage: str
     nbytes: int
     compute: str
     kernel: str
@@ -43,12 +46,12 @@ class Explanation:
     def __str__(self) -> str:
         groups: dict[tuple, list[Row]] = {}
         for row in self.rows:
-            key = (row.format, row.compute, row.kernel, row.reason)
+            key = (row.format, row.storage, row.compute, row.kernel, row.reason)
             groups.setdefault(key, []).append(row)
         lines = []
-        for (format, compute, kernel, reason), rows in groups.items():
+        for (format, storage, compute, kernel, reason), rows in groups.items():
             total = sum(row.nbytes for row in rows) / 1e6
-            how = f", compute {compute}" if compute else ""
+            how = f", {storage}, compute {compute}" if compute else ""
             lines.append(f"{len(rows)} x {format}{how}: {kernel}, {total:.1f} MB ({reason})")
             shown = [f"{r.name} {r.in_features}->{r.out_features}" for r in rows[:3]]
             lines.append(f"    {', '.join(shown)}{', ...' if len(rows) > 3 else ''}")
@@ -69,15 +72,16 @@ def _row(name: str, module: nn.Linear) -> Row:
     sizes = (module.in_features, module.out_features)
     if not isinstance(weight, SVDQWeight):
         nbytes = weight.numel() * weight.element_size()
-        return Row(name, "dense", *sizes, 0, nbytes, "", "torch", None, f"unquantised, {weight.dtype}")
+        return Row(name, "dense", *sizes, 0, "", nbytes, "", "torch", None, f"unquantised, {weight.dtype}")
     choice = select(weight.fingerprint, weight.device)
     return Row(
         name,
         str(weight.spec.format),
         *sizes,
         weight.spec.rank,
+        weight.spec.storage,
         weight.packed_nbytes(),
-        weight.fingerprint.compute,
+        resolve(weight.fingerprint.compute, weight.spec.format, weight.device),
         choice.kernel,
         choice.fused,
         choice.reason,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from . import _compat
 from .errors import OptionError
+from .ops.modes import COMPUTE_MODES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +16,12 @@ class Options:
     """What ``options={...}`` may say besides Inductor's own settings.
 
     Args:
-        strict: raise where a quantised linear would run on anything slower than a fused kernel.
+        strict: raise where a quantised linear would be computed by anything slower than our kernels.
+        compute: mode (:data:`svdq_compile.ops.modes.COMPUTE_MODES`) of the weights whose own is ``auto``.
     """
 
     strict: bool = False
+    compute: str = "auto"
 
 
 def parse(mode: str | None, options: Mapping[str, object] | None) -> tuple[Options, dict[str, object]]:
@@ -45,6 +48,8 @@ def parse(mode: str | None, options: Mapping[str, object] | None) -> tuple[Optio
         if name in fields:
             if type(value) is not type(fields[name].default):
                 raise OptionError(f"option {given!r} is {value!r}, needs a {type(fields[name].default).__name__}")
+            if name == "compute" and value not in COMPUTE_MODES:
+                raise OptionError(f"option compute={value!r}, needs one of {', '.join(COMPUTE_MODES)}")
             ours[name] = value
         elif name in known:
             if known[name] is not None and value is not None and type(value) is not type(known[name]):

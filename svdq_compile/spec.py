@@ -25,12 +25,20 @@ MODEL_DTYPES = ("BF16", "F16", "F32")
 """Dtypes a pipeline can be exported in; bias, pre_quant_scale and LoRA factors carry the model's dtype."""
 
 
+STORAGES = ("packed", "expanded")
+"""How quantised weights lie in memory: as in the file, or NVFP4 and NVFP4_SVD as FP8_SVD."""
+
+
 class Format(str, enum.Enum):
-    """How one linear's weight is stored. The value is the name the command line prints."""
+    """How one linear's weight is stored. The value is the name the command line prints.
+
+    FP8_SVD is in no file: it is what an NVFP4 or NVFP4_SVD weight becomes with ``storage="expanded"``.
+    """
 
     NVFP4_SVD = "nvfp4_svd"
     NVFP4 = "nvfp4"
     FP8 = "fp8"
+    FP8_SVD = "fp8_svd"
     DENSE = "dense"
 
     def __str__(self) -> str:
@@ -82,7 +90,8 @@ class LinearSpec:
         format: storage format.
         out_features: N.
         in_features: K, a multiple of ``group_size`` for the NVFP4 formats.
-        rank: R, columns of ``lora_up``; 0 without a low-rank branch.
+        rank: R, columns of ``lora_up``; 0 without a low-rank branch. An NVFP4_SVD weight of rank 0 has an empty pair,
+            an FP8_SVD weight of rank 0 has none.
         dtype: model dtype of the low-rank pair and of ``pre_quant_scale`` (safetensors spelling).
         smooth: whether ``pre_quant_scale`` is present.
         dynamic: whether the activation scale is computed per token at run time (no ``input_scale`` stored).
@@ -98,11 +107,21 @@ class LinearSpec:
     dynamic: bool = False
     group_size: int = GROUP_SIZE
 
+    @property
+    def storage(self) -> str:
+        """``expanded`` for FP8_SVD, else ``packed``: as the checkpoint has it."""
+        return "expanded" if self.format is Format.FP8_SVD else "packed"
+
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether ``lora_down`` and ``lora_up`` are among the components."""
+        return self.format is Format.NVFP4_SVD or (self.format is Format.FP8_SVD and self.rank > 0)
+
     def components(self) -> dict[str, Component]:
         """Every tensor this linear is made of, by our component name, with its exact shape and dtype."""
         n, k, r, g = self.out_features, self.in_features, self.rank, self.group_size
         scalar = Component((), "F32")
-        if self.format is Format.FP8:
+        if self.format in (Format.FP8, Format.FP8_SVD):
             parts = {"qweight": Component((n, k), "F8_E4M3"), "weight_scale": scalar}
         else:
             parts = {
@@ -114,7 +133,7 @@ class LinearSpec:
             parts["input_scale"] = scalar
         if self.smooth:
             parts["pre_quant_scale"] = Component((k,), self.dtype)
-        if self.format is Format.NVFP4_SVD:
+        if self.has_low_rank:
             parts["lora_down"] = Component((r, k), self.dtype)
             parts["lora_up"] = Component((n, r), self.dtype)
         return parts
@@ -122,8 +141,6 @@ class LinearSpec:
     def describe(self) -> str:
         """One short phrase for messages: ``nvfp4_svd 3072->12288 rank 32``."""
         text = f"{self.format} {self.in_features}->{self.out_features}"
-        if self.format is Format.NVFP4_SVD:
-            text += f" rank {self.rank}"
-        if self.format is Format.NVFP4_SVD and not self.smooth:
-            text += " unsmoothed"
+        if self.has_low_rank:
+            text += f" rank {self.rank}" + ("" if self.smooth else " unsmoothed")
         return text + (" dynamic" if self.dynamic else "")

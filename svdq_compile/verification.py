@@ -15,6 +15,7 @@ from torch import nn
 from .errors import ConfigError, OptionError, ShapeError, UnknownLinearError
 from .model.bind import unwrap
 from .model.load import device_of
+from .model.resident import Resident, resident
 from .ops.weight import SVDQWeight
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,14 @@ class Verification:
     Args:
         rows: the linears in the model's order, each fed the reference's own input of that linear.
         model: the whole model, where errors of all linears add up.
+        resident: storage and bytes of the model.
+        reference_resident: those of its reference.
     """
 
     rows: tuple[Row, ...]
     model: Row
+    resident: Resident
+    reference_resident: Resident
 
     @property
     def worst_first(self) -> tuple[Row, ...]:
@@ -51,7 +56,12 @@ class Verification:
 
     def to_dict(self) -> dict:
         """Plain data for JSON; NaN and infinity become None."""
-        return {"model": _plain(self.model), "linears": [_plain(row) for row in self.rows]}
+        return {
+            "model": _plain(self.model),
+            "linears": [_plain(row) for row in self.rows],
+            "resident": dataclasses.asdict(self.resident),
+            "reference_resident": dataclasses.asdict(self.reference_resident),
+        }
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [44])
@@ -59,7 +69,8 @@ class Verification:
         shown = (self.model, *(row for row in self.worst_first if row.error != 0))
         lines += [f"{r.name:{width}} {r.format:10} {r.error:10.3e} {r.sqnr:8.2f}" for r in shown]
         same = sum(row.error == 0 for row in self.rows)
-        return "\n".join([*lines, f"{same} more without any difference"] if same else lines)
+        lines += [f"{same} more without any difference"] if same else []
+        return "\n".join([*lines, f"model: {self.resident}", f"reference: {self.reference_resident}"])
 
 
 def verify(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], *, layers: str = "*") -> Verification:
@@ -98,7 +109,7 @@ def verify(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], *,
     if unreached:
         log.warning("%d linears did not run on these inputs, %s first", len(unreached), unreached[0])
     rows = (_row(name, _format(chosen[name][0]), powers[name]) for name in chosen if name in powers)
-    return Verification(tuple(rows), _row("whole model", "", whole))
+    return Verification(tuple(rows), _row("whole model", "", whole), resident(model), resident(reference))
 
 
 def random_inputs(model: nn.Module, *, tokens: int = 64, seed: int = 0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LAYERS = {
     "checkpoint": {"spec", "errors", "dtypes", "checkpoint"},
     "ops": {"spec", "errors", "dtypes", "ops", "svdq_kernels"},
     "passes": {"spec", "errors", "_compat", "ops", "passes"},
-    "lowering": {"spec", "errors", "_compat", "ops", "lowering", "svdq_kernels"},
+    "lowering": {"spec", "errors", "dtypes", "_compat", "ops", "lowering", "svdq_kernels"},
     "model": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
     "quantization": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
     "spec": set(),
@@ -81,7 +81,7 @@ def test_kernels_import_torch_and_triton_only(file):
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_private_torch_symbols_live_in_one_module(file):
-    if file.name == "_compat.py":
+    if file.name in ("_compat.py", "fake_gpu.py"):
         return
     for node in ast.walk(ast.parse(file.read_text())):
         module = node.module if isinstance(node, ast.ImportFrom) and not node.level else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svdq_compile import errors
-from svdq_compile.lowering import select
+from svdq_compile.ops import plan
 from svdq_compile.spec import COMPONENTS, MODELOPT_LEAF
 
 ROOT = Path(__file__).parents[1]
@@ -87,14 +87,11 @@ def test_the_layers_are_those_the_architecture_test_enforces():
     assert documented == {layer: allowed - {layer} for layer, allowed in layers().items()}
 
 
-def test_the_kernels_are_those_select_can_choose():
+def test_the_kernels_are_those_a_plan_can_name():
     (rows,) = tables(section(read("design.md"), "## What computes a linear"))
-    tree = ast.parse(Path(select.__file__).read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Choice"]
-    calls.sort(key=lambda call: call.lineno)
-    assert [names(row[1]) for row in rows] == [[call.args[0].value] for call in calls]
-    fused = [call.args[1].value for call in calls]
-    assert ("None of them is fused" in read("design.md")) == (not any(fused))
+    tree = ast.parse(Path(plan.__file__).read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Plan"]
+    assert {name for row in rows for name in names(row[0])} == {call.args[0].value for call in calls}
 
 
 @per_document

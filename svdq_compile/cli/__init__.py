@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import SvdqError
-from . import env, explain, generate, inspect, quantize, verify
+from . import bench, env, explain, generate, inspect, quantize, verify
 
-COMMANDS = (inspect, explain, verify, generate, quantize, env)
+COMMANDS = (inspect, explain, verify, generate, quantize, bench, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,11 +7,12 @@ import json
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import OptionError
+from ..ops.modes import COMPUTE_MODES
+from ..spec import STORAGES
 
 if TYPE_CHECKING:
     import torch
 
-COMPUTE_MODES = ("exact", "modelopt")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -33,8 +34,17 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute",
         choices=COMPUTE_MODES,
-        default="exact",
-        help="what block-scaled hardware computes (exact), or ModelOpt's simulation bit for bit",
+        default="auto",
+        help="by device (auto), 4-bit operands, e4m3 operands, 4-bit weight only, or ModelOpt's simulation bit for bit",
+    )
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        choices=STORAGES,
+        default="packed",
+        help="quantised weights as in the file (packed), or NVFP4 ones as FP8",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_compute, add_device, add_json, pick_device, show
+from .common import add_compute, add_device, add_json, add_storage, pick_device, show
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -14,6 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("path", help="transformer folder, pipeline folder, .safetensors file or Hub id")
     add_compute(parser)
+    add_storage(parser)
     add_device(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -24,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
     from ..explanation import explain
     from ..model.load import load_transformer
 
-    model = load_transformer(args.path, pick_device(args.device), compute=args.compute)
+    model = load_transformer(args.path, pick_device(args.device), compute=args.compute, storage=args.storage)
     return show(explain(model), args.json)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .common import COMPUTE_MODES, DTYPES, add_device, pick_device, positive
+from ..ops.modes import COMPUTE_MODES
+from ..spec import STORAGES
+from .common import DTYPES, add_device, pick_device, positive
 from .config import read_config
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ DEFAULTS = {
     "compile": "none",
     "backend": "svdq",
     "mode": None,
-    "compute": "exact",
+    "compute": "auto",
+    "storage": "packed",
     "attention": None,
     "output": ".",
 }
@@ -79,27 +82,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", choices=("none", "regional", "whole"), help="what of the transformer to compile (none)")
     add("--backend", metavar="NAME", help="backend of torch.compile (svdq)")
     add("--mode", choices=MODES, help="mode of torch.compile")
-    add("--compute", choices=COMPUTE_MODES, help="arithmetic of quantised linears (exact)")
+    add("--compute", choices=COMPUTE_MODES, help="arithmetic of quantised linears (auto: by device)")
+    add("--storage", choices=STORAGES, help="quantised weights as in the file, or NVFP4 ones as FP8 (packed)")
     add("--attention", metavar="NAME", help="attention backend of diffusers, such as _native_cudnn")
     add("--output", metavar="PATH", help="folder for SEED.png, or NAME.png; with --count a contact sheet (.)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Loads the pipeline, draws the pictures and prints the seconds each took.
+    """Loads the pipeline, draws the pictures and prints the seconds each took, and what a quantised transformer weighs.
 
     Raises:
         OptionError: an option is missing or has a bad value.
         CheckpointError: the pipeline or the checkpoint cannot be used.
+        StorageError: the storage has not what the compute mode needs.
     """
     options = settings(args)
     check_backend(options)
     import torch
 
+    from ..model.resident import resident
     from .pipeline import load_pipeline
 
     device = pick_device(options.device)
-    dtype = getattr(torch, options.dtype)
-    pipe = load_pipeline(options.model, device, dtype, transformer=options.transformer, compute=options.compute)
+    pipe = load_pipeline(
+        options.model,
+        device,
+        getattr(torch, options.dtype),
+        transformer=options.transformer,
+        compute=options.compute,
+        storage=options.storage,
+    )
+    size = resident(pipe.transformer)
+    if size.storage != "dense":
+        print(f"transformer: {size}", flush=True)
     prepare(pipe, options)
     draw(pipe, options)
     return 0

@@ -26,7 +26,8 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     transformer: str | None = None,
-    compute: str = "exact",
+    compute: str = "auto",
+    storage: str = "packed",
 ) -> DiffusionPipeline:
     """The pipeline of a folder or Hub id, ready to run.
 
@@ -35,7 +36,8 @@ def load_pipeline(
         device: where all of it goes.
         dtype: dtype of everything that is not packed.
         transformer: checkpoint to take instead of the pipeline's own transformer, which is then not read.
-        compute: ``exact`` or ``modelopt``.
+        compute: compute mode of quantised linears.
+        storage: storage of quantised linears.
 
     Raises:
         CheckpointError: there is no such pipeline, or a checkpoint cannot be used.
@@ -50,7 +52,7 @@ def load_pipeline(
         transformer = model
     given = {}
     if transformer is not None:
-        given["transformer"] = load_transformer(transformer, device, dtype, compute=compute)
+        given["transformer"] = load_transformer(transformer, device, dtype, compute=compute, storage=storage)
     pipe = _fetch(model, lambda: DiffusionPipeline.from_pretrained(model, dtype=dtype, **given)).to(device)
     needed = [name for name in PICTURES if name in inspect.signature(pipe.__call__).parameters]
     if needed:

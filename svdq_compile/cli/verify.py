@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_compute, add_device, add_json, pick_device, positive, show
+from .common import add_compute, add_device, add_json, add_storage, pick_device, positive, show
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokens", type=positive, default=64, help="image tokens, and text tokens (64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (0)")
     add_compute(parser)
+    add_storage(parser)
     add_device(parser)
     add_json(parser)
     parser.set_defaults(run=run)
@@ -33,6 +34,6 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     reference = load_transformer(args.against, device)
-    model = load_transformer(args.path, device, reference.dtype, compute=args.compute)
+    model = load_transformer(args.path, device, reference.dtype, compute=args.compute, storage=args.storage)
     inputs = random_inputs(reference, tokens=args.tokens, seed=args.seed)
     return show(verify(model, reference, inputs, layers=args.layers), args.json)

@@ -1,4 +1,4 @@
-"""One decision, asked by the backend, by ``strict`` and by ``explain``: what runs a linear on a device."""
+"""What runs a linear on a device, as ``strict`` and ``explain`` want to know it: before there is an activation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import dataclasses
 
 import torch
 
+from ..dtypes import TORCH_DTYPES
+from ..ops.cuda import capability
+from ..ops.modes import resolve
+from ..ops.native import has_native_fp4
+from ..ops.plan import Facts, plan
 from ..ops.weight import Fingerprint
 from ..spec import Format
+
+MANY_TOKENS = 4096
+"""Tokens that stand for an image's; with fewer another kernel may run, but never a slower path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Choice:
 
     Args:
         kernel: name of the implementation.
-        fused: whether it is a fused kernel; everything else is the slower, equally correct path.
+        fused: whether our kernels compute it; everything else is the slower, equally correct path.
         reason: why this one.
     """
 
@@ -25,14 +33,26 @@ class Choice:
     reason: str
 
 
-def select(fingerprint: Fingerprint, device: torch.device) -> Choice:
-    """The implementation of ``svdq::linear`` for a weight on a device."""
-    if fingerprint.compute == "modelopt":
-        return Choice("reference", False, "compute='modelopt' reproduces ModelOpt's simulation, which no kernel does")
-    if device.type != "cuda":
-        return Choice("reference", False, f"there is no fused kernel for {device.type}")
-    if fingerprint.spec.format is Format.FP8:
-        return Choice("reference", False, "there is no fused kernel for FP8 weights")
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return Choice("reference", False, "the Triton kernels need an NVIDIA GPU of sm_80 or later")
-    return Choice("triton+cublas", False, "Triton quantises and expands, cuBLAS multiplies in bfloat16: not one kernel")
+def select(fingerprint: Fingerprint, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
+    """The implementation of ``svdq::linear`` for a weight on a device.
+
+    Args:
+        fingerprint: of the weight.
+        device: where weight and activation are.
+        dtype: of the activation; None for the model's.
+    """
+    spec = fingerprint.spec
+    model_dtype = TORCH_DTYPES[spec.dtype]
+    chosen = plan(
+        Facts(
+            mode=resolve(fingerprint.compute, spec.format, device),
+            capability=capability(device),
+            native=has_native_fp4(device),
+            weight=torch.float8_e4m3fn if spec.format in (Format.FP8, Format.FP8_SVD) else torch.uint8,
+            activation=dtype or model_dtype,
+            tokens=MANY_TOKENS,
+            rank=spec.rank,
+            low_rank=model_dtype if spec.rank else None,
+        )
+    )
+    return Choice(chosen.kernel, chosen.fused, chosen.reason)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.manifest import Linear, Manifest
 from ..errors import LeftoverKeyError, MissingKeyError, ShapeError, UnknownLinearError
+from ..ops.storage import check_storage, expand, stored_spec
 from ..ops.weight import Fingerprint, SVDQWeight
 
 Entry = tuple[str, str | None, torch.Tensor]
@@ -116,20 +117,34 @@ def _check_linear(module: nn.Module | None, linear: Linear) -> None:
         raise LeftoverKeyError("the model's linear has no bias", file=file, key=f"{linear.name}.bias")
 
 
+def check_modes(manifest: Manifest, compute: str, storage: str) -> None:
+    """Refuses, before a tensor is read, modes that a checkpoint's weights cannot have.
+
+    Raises:
+        StorageError: no such storage, or one that has not what the compute mode needs.
+        ValueError: no such compute mode.
+    """
+    check_storage(storage)
+    for linear in manifest.linears.values():
+        Fingerprint(stored_spec(linear.spec, storage), compute)
+
+
 def new_parameters(
     manifest: Manifest,
     slots: dict[str, Slot],
     entries: Iterable[Entry],
     compute: str,
+    storage: str,
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[Slot, torch.Tensor]]:
-    """The parameters and buffers a checkpoint puts into a model, as its tensors come in.
+    """The parameters and buffers a checkpoint puts into a model, as its tensors come in; one for each slot.
 
     Args:
         manifest: what the entries are.
         slots: from :func:`check_fit`.
         entries: the checkpoint's tensors, on their target device.
         compute: compute mode of the quantised weights.
+        storage: storage of the quantised weights; an expanded one exists packed only until it is complete.
         dtype: dtype of dense tensors and of what quantised weights pretend to have; None takes the slot's own.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -144,7 +159,7 @@ def new_parameters(
         if parts.keys() == spec.components().keys():
             slot = slots[f"{name}.weight"]
             weight = SVDQWeight(waiting.pop(name), Fingerprint(spec, compute), dtype or slot.get().dtype)
-            yield slot, _like(slot, weight)
+            yield slot, _like(slot, expand(weight) if storage == "expanded" else weight)
 
 
 def parameters_of(model: nn.Module, slots: dict[str, Slot]) -> Iterator[tuple[Slot, torch.Tensor]]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from ..checkpoint.manifest import Manifest, read_manifest
-from ..checkpoint.source import CONFIG_NAME
 from ..checkpoint.tensors import stream
 from ..dtypes import TORCH_DTYPES
-from ..errors import ConfigError, ShapeError
 from ..ops.weight import SVDQWeight
-from .bind import Entry, check_fit, new_parameters, slots_of, unwrap
+from .bind import Entry, Slot, check_fit, check_modes, new_parameters, slots_of, unwrap
+from .build import build_model
+from .resident import nbytes_of, resident, size_text
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,8 @@ def load_checkpoint(
         CheckpointError: see :mod:`svdq_compile.errors`.
     """
     manifest = read_manifest(path, revision=revision)
-    return LoadedCheckpoint(manifest, tuple(_with_progress(manifest, device)))
+    total = len(manifest.dense) + sum(len(linear.tensors) for linear in manifest.linears.values())
+    return LoadedCheckpoint(manifest, tuple(_progress(_entries(manifest, device), total)))
 
 
 def load_transformer(
@@ -60,22 +60,25 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
-    compute: str = "exact",
+    compute: str = "auto",
+    storage: str = "packed",
     quantize: str | None = None,
     rank: int = 32,
     blocks_kept: int = 2,
     revision: str | None = None,
 ) -> nn.Module:
-    """A diffusers transformer with a checkpoint's weights, packed as the files store them.
+    """A diffusers transformer with a checkpoint's weights.
 
-    Tensors go to the device one by one; a quantised weight is never expanded.
+    Tensors go to the device one by one; a quantised weight never exists in the model's dtype.
 
     Args:
         path: transformer folder, pipeline folder, ``.safetensors`` file or Hub id.
         device: where the model goes.
         dtype: dtype of the unquantised tensors and of the activations the model asks for; None keeps the
             checkpoint's. Packed tensors keep theirs always.
-        compute: ``exact`` (what block-scaled hardware computes) or ``modelopt`` (ModelOpt's own simulation).
+        compute: ``auto`` (by device), ``nvfp4`` (what block-scaled hardware computes), ``fp8``, ``bf16`` or
+            ``modelopt`` (ModelOpt's own simulation); see :mod:`svdq_compile.ops.modes`.
+        storage: ``packed`` (as the files have it) or ``expanded`` (NVFP4 weights as FP8, for ``fp8`` and ``bf16``).
         quantize: for an unquantised checkpoint: ``nvfp4`` or ``nvfp4_svd`` quantises its linears while they load,
             without data: no smoothing, activation scale per token.
         rank: rank of the low-rank branch with ``quantize="nvfp4_svd"``.
@@ -88,17 +91,18 @@ def load_transformer(
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; nothing is loaded then.
         QuantizeError: ``quantize`` with a checkpoint that is quantised already.
+        StorageError: no such storage, or ``expanded`` with a compute mode that needs the 4-bit codes.
     """
     manifest = read_manifest(path, revision=revision)
     model = build_model(manifest)
-    entries = _with_progress(manifest, device)
+    entries = _entries(manifest, device)
     if quantize is not None:
         from ..quantization.on_load import quantize_entries
         from ..quantization.recipes import Recipe
 
         recipe = Recipe(quantize, rank=rank, blocks_kept=blocks_kept)
         manifest, entries = quantize_entries(model, manifest, entries, recipe)
-    _install(model, manifest, entries, compute, dtype or TORCH_DTYPES[manifest.dtype])
+    _install(model, manifest, entries, compute, storage, dtype or TORCH_DTYPES[manifest.dtype])
     return model.eval().requires_grad_(False)
 
 
@@ -106,7 +110,8 @@ def load_into(
     model: nn.Module,
     path: str | os.PathLike[str] | LoadedCheckpoint,
     *,
-    compute: str = "exact",
+    compute: str = "auto",
+    storage: str = "packed",
     revision: str | None = None,
 ) -> nn.Module:
     """Puts a checkpoint's weights into an existing model, for good.
@@ -117,7 +122,8 @@ def load_into(
     Args:
         model: the model, or what ``torch.compile(model)`` returned.
         path: transformer folder, pipeline folder, ``.safetensors`` file, Hub id, or a loaded checkpoint.
-        compute: ``exact`` or ``modelopt``.
+        compute: as for :func:`load_transformer`.
+        storage: as for :func:`load_transformer`.
         revision: Hub branch, tag or commit.
 
     Returns:
@@ -125,10 +131,11 @@ def load_into(
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`.
+        StorageError: as for :func:`load_transformer`.
     """
     inner = unwrap(model)
     manifest, entries = open_entries(path, device_of(inner), revision)
-    _install(inner, manifest, entries, compute, None)
+    _install(inner, manifest, entries, compute, storage, None, quiet=isinstance(path, LoadedCheckpoint))
     return model
 
 
@@ -139,7 +146,7 @@ def open_entries(
     if isinstance(source, LoadedCheckpoint):
         return source.manifest, source.to(device)
     manifest = read_manifest(source, revision=revision)
-    return manifest, _with_progress(manifest, device)
+    return manifest, _entries(manifest, device)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -150,90 +157,61 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def build_model(manifest: Manifest) -> nn.Module:
-    """The diffusers model a checkpoint's config describes, its parameters on ``meta``.
+def read_parameters(
+    manifest: Manifest,
+    slots: dict[str, Slot],
+    entries: Iterator[Entry],
+    compute: str,
+    storage: str,
+    dtype: torch.dtype | None,
+    *,
+    quiet: bool = False,
+) -> list[tuple[Slot, torch.Tensor]]:
+    """All of :func:`new_parameters` at once, behind a progress bar of them and of the bytes they keep.
+
+    Args:
+        quiet: no progress bar, for a checkpoint that is in memory; the others are those of :func:`new_parameters`.
 
     Raises:
-        ConfigError: the class is not in diffusers, or it refuses the config.
+        StorageError, ValueError: see :func:`check_modes`.
     """
-    import diffusers
-    from accelerate import init_empty_weights
-
-    file = manifest.folder / CONFIG_NAME
-    name = manifest.config.get("_class_name")
-    model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
-        raise ConfigError("no such model in diffusers", file=file, key="_class_name", found=name)
-    _check_sizes(manifest, manifest.config)
-    try:
-        with init_empty_weights():
-            model = model_class.from_config(manifest.model_config)
-    except Exception as error:
-        raise ConfigError(f"{name} refuses the config", file=file, found=f"{type(error).__name__}: {error}") from error
-    # Again with the class's defaults in the place of entries that config.json leaves out.
-    _check_sizes(manifest, model.config)
-    return model
+    check_modes(manifest, compute, storage)
+    made, nbytes = [], 0
+    bar = _progress(new_parameters(manifest, slots, entries, compute, storage, dtype), len(slots), quiet)
+    for slot, value in bar:
+        made.append((slot, value))
+        nbytes += nbytes_of(value)
+        bar.set_postfix_str(size_text(nbytes), refresh=False)
+    return made
 
 
-def _check_sizes(manifest: Manifest, config: Mapping[str, Any]) -> None:
-    """Sizes that cost time or memory to try, or that no tensor's shape depends on.
-
-    The number of blocks must be that of the tensors, and the rotary axes must split a head as large as the tensors
-    say.
-    """
-    file = manifest.folder / CONFIG_NAME
-    names = [*manifest.dense, *manifest.linears]
-    for key, value in config.items():
-        if key.startswith("num_") and key.endswith("layers") and isinstance(value, int) and value > len(names):
-            raise ConfigError("more layers than tensors", file=file, key=key, found=value, needed=f"<= {len(names)}")
-    blocks = {name.split(".")[1] for name in names if name.startswith("transformer_blocks.")}
-    if blocks and config.get("num_layers", len(blocks)) != len(blocks):
-        raise ConfigError(
-            "num_layers does not match the tensors",
-            file=file,
-            key="num_layers",
-            found=config["num_layers"],
-            needed=len(blocks),
-        )
-    if "axes_dims_rope" not in config or "attention_head_dim" not in config:
-        return
-    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
-    ok = isinstance(axes, (list, tuple)) and all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes)
-    if not ok or sum(axes) != head:
-        raise ConfigError(
-            "the rotary axes are not even numbers that add up to the head size",
-            file=file,
-            key="axes_dims_rope",
-            found=axes,
-            needed=head,
-        )
-    norm = manifest.dense.get("transformer_blocks.0.attn.norm_q.weight")
-    if norm is not None and norm.shape != (head,):
-        raise ShapeError(
-            "the head size does not match the tensors",
-            file=norm.file,
-            key="transformer_blocks.0.attn.norm_q.weight",
-            found=list(norm.shape),
-            needed=[head],
-        )
-
-
-def _with_progress(manifest: Manifest, device: torch.device | str) -> Iterator[Entry]:
-    from diffusers.utils.logging import tqdm
-
+def _entries(manifest: Manifest, device: torch.device | str) -> Iterator[Entry]:
     for warning in manifest.warnings:
         log.warning("%s: %s", manifest.folder, warning)
-    total = len(manifest.dense) + sum(len(linear.tensors) for linear in manifest.linears.values())
-    yield from tqdm(stream(manifest, device), desc="Loading svdq checkpoint", total=total, unit="tensor", leave=False)
+    yield from stream(manifest, device)
+
+
+def _progress(items: Iterator, total: int, quiet: bool = False):
+    from diffusers.utils.logging import tqdm
+
+    return tqdm(items, desc="Loading svdq checkpoint", total=total, unit="tensor", leave=False, disable=quiet)
 
 
 def _install(
-    model: nn.Module, manifest: Manifest, entries: Iterator[Entry], compute: str, dtype: torch.dtype | None
+    model: nn.Module,
+    manifest: Manifest,
+    entries: Iterator[Entry],
+    compute: str,
+    storage: str,
+    dtype: torch.dtype | None,
+    *,
+    quiet: bool = False,
 ) -> None:
     slots = check_fit(model, manifest)
-    for slot, value in list(new_parameters(manifest, slots, entries, compute, dtype)):
+    for slot, value in read_parameters(manifest, slots, entries, compute, storage, dtype, quiet=quiet):
         slot.set(value)
     setattr(model, CONFIG_ATTRIBUTE, manifest.quantization_config)
+    log.info("%s: %s", manifest.folder, resident(model))
 
 
 def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -246,11 +224,17 @@ def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def set_compute(model: nn.Module, compute: str) -> nn.Module:
-    """Switches every quantised linear to a compute mode (``exact`` or ``modelopt``); packed tensors are shared.
+    """Switches every quantised linear to a compute mode (:mod:`svdq_compile.ops.modes`); stored tensors are shared.
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: no such mode; the model is as it was.
+        StorageError: a weight of the model has given up what the mode needs; the model is as it was.
     """
-    for module in quantised_linears(model).values():
-        module.weight = nn.Parameter(module.weight.with_compute(compute), requires_grad=False)
+    linears = quantised_linears(model).values()
+    weights = [module.weight.with_compute(compute) for module in linears]
+    for module, weight in zip(linears, weights, strict=True):
+        module.weight = nn.Parameter(weight, requires_grad=False)
     return model

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .bind import Slot, check_fit, new_parameters, parameters_of, slots_of, unwrap
-from .load import LoadedCheckpoint, device_of, open_entries
+from .bind import Slot, check_fit, parameters_of, slots_of, unwrap
+from .load import LoadedCheckpoint, device_of, open_entries, read_parameters
 
 Layer = list[tuple[Slot, torch.Tensor]]
 
@@ -26,7 +26,8 @@ def patch(
     model: nn.Module,
     path_or_loaded: str | os.PathLike[str] | LoadedCheckpoint | nn.Module,
     *,
-    compute: str = "exact",
+    compute: str = "auto",
+    storage: str = "packed",
     revision: str | None = None,
 ) -> Iterator[nn.Module]:
     """Runs a stock model with a checkpoint's weights, and gives it its own objects back at the end.
@@ -42,11 +43,14 @@ def patch(
         model: the model, or what ``torch.compile(model)`` returned.
         path_or_loaded: transformer folder, pipeline folder, ``.safetensors`` file, Hub id, or what
             :func:`svdq_compile.load_checkpoint` or :func:`svdq_compile.load_transformer` returned.
-        compute: ``exact`` or ``modelopt``; a loaded transformer keeps its own.
+        compute: as for :func:`svdq_compile.load_transformer`; a loaded transformer keeps its own.
+        storage: as for :func:`svdq_compile.load_transformer`; a loaded transformer keeps its own. A loaded checkpoint
+            stays packed and is expanded anew for each patch.
         revision: Hub branch, tag or commit.
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; the model is untouched.
+        StorageError: no such storage, or ``expanded`` with a compute mode that needs the 4-bit codes.
     """
     inner = unwrap(model)
     if isinstance(path_or_loaded, nn.Module):
@@ -55,7 +59,8 @@ def patch(
     else:
         manifest, entries = open_entries(path_or_loaded, device_of(inner), revision)
         slots = check_fit(inner, manifest)
-        layer = list(new_parameters(manifest, slots, entries, compute, None))
+        quiet = isinstance(path_or_loaded, LoadedCheckpoint)
+        layer = read_parameters(manifest, slots, entries, compute, storage, None, quiet=quiet)
     with _lock:
         _layers.setdefault(inner, [[(slot, slot.get()) for slot in slots.values()]]).append(layer)
         _put(layer)

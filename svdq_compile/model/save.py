@@ -36,7 +36,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
         The folder that holds the files.
 
     Raises:
-        SaveError: the model has no quantised linear, or a tensor would change by writing it.
+        SaveError: the model has no quantised linear, one of them is expanded, or a tensor would change by writing it.
     """
     import safetensors.torch
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -45,6 +45,15 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
     linears = quantised_linears(inner)
     if not linears:
         raise SaveError("the model has no quantised linear", file=path, found=type(inner).__name__)
+    expanded = next((name for name, module in linears.items() if module.weight.spec.storage != "packed"), None)
+    if expanded is not None:
+        raise SaveError(
+            "an expanded weight has given up the checkpoint's codes",
+            file=path,
+            key=f"{expanded}.weight",
+            found=linears[expanded].weight.spec.format,
+            hint="load the checkpoint with storage='packed' and save that",
+        )
     folder = Path(path)
     if (folder / SUBFOLDER / CONFIG_NAME).is_file():
         folder = folder / SUBFOLDER

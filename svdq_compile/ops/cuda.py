@@ -1,42 +1,39 @@
-"""``svdq::linear`` in ``exact`` mode on an NVIDIA GPU: Triton makes the operands, cuBLAS the products.
-
-    x_q, t, x_hat = quantize(x * s)
-    y             = (x_q @ w_q.T) * (t * weight_scale_2) + (x_hat @ L2.T) @ L1.T + bias
-
-x_q and w_q are code times block scale, which bfloat16 holds exactly, so the bfloat16 product with float32
-sums has the specification's operands; only the order of its sums is its own.
-"""
+"""``svdq::linear`` on CUDA tensors outside compiled graphs, by the kernels its plan names."""
 
 from __future__ import annotations
 
 import torch
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
+from .linear import linear_reference, resolved, validate
+from .native import has_native_fp4
+from .plan import Facts, Plan, plan
+
+FP8_SCALE_FACTOR = 6.0
+"""NVFP4's ``input_scale`` is ``amax / (6 * 448)``, e4m3 wants ``amax / 448``."""
 
 
-def is_supported(x: torch.Tensor, qweight: torch.Tensor, input_scale: torch.Tensor | None, compute: str) -> bool:
-    """Whether :func:`linear_cuda` has its own way to compute a linear; the reference computes all others."""
-    return (
-        compute == "exact"
-        and x.numel() > 0
-        and qweight.numel() > 0
-        and qweight.dtype == torch.uint8
-        and x.dtype in (*HALF_DTYPES, torch.float32)
-        and (input_scale is None or (input_scale.numel() == 1 and input_scale.device == x.device))
-        # mm(out_dtype=) is cuBLAS only, and Triton starts at sm_80.
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, None of any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def plan_call(x, qweight, input_scale, lora_down, compute: str) -> Plan:
+    """The plan of one call; arguments as ``svdq::linear``'s."""
+    return plan(
+        Facts(
+            mode=resolved(x, qweight, compute),
+            capability=capability(x.device),
+            native=has_native_fp4(x.device),
+            weight=qweight.dtype,
+            activation=x.dtype,
+            tokens=x.numel() // max(1, x.shape[-1]),
+            rank=0 if lora_down is None else lora_down.shape[0],
+            low_rank=None if lora_down is None else lora_down.dtype,
+            scale_is_one_value=input_scale is None or (input_scale.numel() == 1 and input_scale.device == x.device),
+        )
     )
-
-
-def matmul_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` of one 16-bit dtype, summed and returned in float32, [M, N].
-
-    Args:
-        a: [M, K].
-        b: [N, K].
-    """
-    return torch.mm(a, b.t(), out_dtype=torch.float32)
 
 
 def linear_cuda(
@@ -49,19 +46,11 @@ def linear_cuda(
     lora_down: torch.Tensor | None,
     lora_up: torch.Tensor | None,
     bias: torch.Tensor | None,
-    compute: str = "exact",
+    compute: str = "auto",
 ) -> torch.Tensor:
-    """``svdq::linear`` on CUDA tensors. Arguments and result as ``linear_reference``, which computes whatever
-    :func:`is_supported` declines.
-
-    Products of float32 operands follow ``torch.set_float32_matmul_precision``. For 16-bit activations that is
-    the second low-rank product alone, and TF32's 10 fraction bits are no coarser than the result's. Float32
-    activations multiply in float32 throughout, because tensor cores drop low bits of their sums; full
-    precision then needs the setting ``highest``, PyTorch's default.
-    """
-    from .linear import linear_reference, validate
-
-    if not is_supported(x, qweight, input_scale, compute):
+    """``svdq::linear``. Arguments and result as ``linear_reference``, which computes what no kernel takes."""
+    chosen = plan_call(x, qweight, input_scale, lora_down, compute)
+    if not chosen.fused or x.numel() == 0:
         return linear_reference(
             x,
             qweight,
@@ -75,22 +64,66 @@ def linear_cuda(
             compute,
         )
     validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
-
-    from svdq_kernels.activation import quantize_nvfp4
-    from svdq_kernels.expand import expand_nvfp4
-
+    if lora_down is not None and not lora_down.shape[0]:
+        lora_down = lora_up = None
     tokens = x.reshape(-1, x.shape[-1])
-    input_scale = None if input_scale is None else input_scale.float()
-    x_q, tensor_scale, x_hat = quantize_nvfp4(tokens, pre_quant_scale, input_scale)
-    w_q = expand_nvfp4(qweight, weight_scale)
-    y = matmul_float32(x_q, w_q) if x.dtype in HALF_DTYPES else x_q.float() @ w_q.float().t()
-    y *= tensor_scale * weight_scale_2.float()
-    if lora_down is not None and lora_down.shape[0]:
-        if x_hat.dtype == lora_down.dtype and x_hat.dtype in HALF_DTYPES:
-            low = matmul_float32(x_hat, lora_down)
-        else:
-            low = x_hat.float() @ lora_down.float().t()
-        y.addmm_(low, lora_up.float().t())
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    y = KERNELS[chosen.kernel](
+        chosen,
+        tokens,
+        qweight,
+        weight_scale,
+        weight_scale_2,
+        input_scale,
+        pre_quant_scale,
+        lora_down,
+        lora_up,
+        bias,
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _dense(
+    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
+) -> torch.Tensor:
+    """Activation kernel, unpacked weight, GEMM on dense operands."""
+    from svdq_kernels.activation import prepare
+    from svdq_kernels.dense import multiply
+    from svdq_kernels.expand import divisor, expand_nvfp4
+
+    packed = qweight.dtype == torch.uint8
+    factor = FP8_SCALE_FACTOR if packed and input_scale is not None and chosen.operand == "fp8" else 1.0
+    operand, scale_a, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, factor)
+    if packed:
+        weight, scale_b = expand_nvfp4(qweight, weight_scale, operand.dtype), weight_scale_2
+        factor_b = divisor(operand.dtype)
+    else:
+        weight, scale_b, factor_b = qweight.contiguous().to(operand.dtype), weight_scale, 1.0
+    return multiply(operand, weight, scale_a, scale_b, partials, lora_up, bias, x.dtype, factor, factor_b)
+
+
+def _blockscaled(
+    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
+) -> torch.Tensor:
+    """Packed activation, GEMM on packed operands; the down-projection apart."""
+    from svdq_kernels.activation import prepare
+    from svdq_kernels.blockscaled import multiply_nvfp4
+    from svdq_kernels.packed import quantize_nvfp4_packed
+
+    codes, scale, t = quantize_nvfp4_packed(x, pre_quant_scale, input_scale)
+    partials = prepare(x, pre_quant_scale, None, lora_down, "none")[2] if lora_down is not None else None
+    return multiply_nvfp4(codes, scale, qweight, weight_scale, t, weight_scale_2, partials, lora_up, bias, x.dtype)
+
+
+def _gemv(
+    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
+) -> torch.Tensor:
+    """Activation kernel, then a read of the packed weight."""
+    from svdq_kernels.activation import prepare
+    from svdq_kernels.gemv import multiply_vector
+
+    operand, t, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, word_major=True)
+    return multiply_vector(operand, qweight, weight_scale, t, weight_scale_2, partials, lora_up, bias)
+
+
+KERNELS = {"dense": _dense, "blockscaled": _blockscaled, "gemv": _gemv}
+"""Kernel of a plan -> what launches it."""

@@ -2,18 +2,22 @@
 
 The schema takes every stored tensor as it lies in the checkpoint, so no operand is prepared, cached or mutated
 behind the caller's back. The format follows from the dtypes: uint8 ``qweight`` is NVFP4, float8_e4m3fn is FP8.
+``compute="auto"`` is resolved at each call by the activation's device.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..errors import SvdqError
-from . import reference
+from ..spec import Format
+from . import modelopt, modes, reference
 
 SCHEMA = (
     "linear(Tensor x, Tensor qweight, Tensor weight_scale, Tensor? weight_scale_2, Tensor? input_scale, "
-    "Tensor? pre_quant_scale, Tensor? lora_down, Tensor? lora_up, Tensor? bias, str compute='exact') -> Tensor"
+    "Tensor? pre_quant_scale, Tensor? lora_down, Tensor? lora_up, Tensor? bias, str compute='auto') -> Tensor"
 )
 
 library = torch.library.Library("svdq", "DEF")
@@ -32,7 +36,7 @@ def validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_dow
         f"qweight is {qweight.dtype}, needs uint8 or float8_e4m3fn",
     )
     _check(x.is_floating_point() and x.element_size() >= 2, f"x is {x.dtype}, needs a 16-bit or wider float")
-    _check(compute in reference.COMPUTE_MODES, f"compute={compute!r}, needs one of {reference.COMPUTE_MODES}")
+    _check(compute in modes.COMPUTE_MODES, f"compute={compute!r}, needs one of {modes.COMPUTE_MODES}")
     _check(x.dim() >= 1 and qweight.dim() == 2, "x needs at least one dimension and qweight exactly two")
     n = qweight.shape[0]
     k = qweight.shape[1] * (2 if nvfp4 else 1)
@@ -41,6 +45,9 @@ def validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_dow
         _check(k % 16 == 0, f"in_features {k} is not a multiple of 16")
         _check(weight_scale_2 is not None, "NVFP4 needs weight_scale_2")
         _check(tuple(weight_scale.shape) == (n, k // 16), f"weight_scale is {tuple(weight_scale.shape)}")
+    else:
+        plain = pre_quant_scale is None and lora_down is None
+        _check(plain or compute not in modes.NEEDS_CODES, f"compute={compute!r} needs the 4-bit codes of qweight")
     _check((lora_down is None) == (lora_up is None), "lora_down and lora_up come together")
     if lora_down is not None:
         r = lora_down.shape[0]
@@ -59,7 +66,7 @@ def linear_reference(
     lora_down: torch.Tensor | None,
     lora_up: torch.Tensor | None,
     bias: torch.Tensor | None,
-    compute: str = "exact",
+    compute: str = "auto",
 ) -> torch.Tensor:
     """``y = quantize(x * s) @ dequantize(R).T + (x * s @ L2.T) @ L1.T + bias`` by the specification.
 
@@ -73,7 +80,7 @@ def linear_reference(
         lora_down: L2 [R, K] or None; R may be 0.
         lora_up: L1 [N, R] or None.
         bias: [N] or None.
-        compute: ``exact`` or ``modelopt``.
+        compute: one of :data:`svdq_compile.ops.modes.COMPUTE_MODES`.
 
     Returns:
         x.dtype [..., N], contiguous.
@@ -82,11 +89,25 @@ def linear_reference(
         RuntimeError: shapes or dtypes that do not fit together.
     """
     validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
+    mode = resolved(x, qweight, compute)
     # Autocast would round the sums' operands to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
-        if qweight.dtype == torch.uint8:
-            stages = reference.nvfp4_linear_modelopt if compute == "modelopt" else reference.nvfp4_linear_exact
-            y = stages(
+        if mode != "modelopt":
+            mode = modes.arithmetic(mode, math.prod(x.shape[:-1]), qweight.dtype == torch.uint8)
+            y = reference.linear_wide(
+                x,
+                qweight,
+                weight_scale,
+                weight_scale_2,
+                input_scale,
+                pre_quant_scale,
+                lora_down,
+                lora_up,
+                bias,
+                mode,
+            )
+        elif qweight.dtype == torch.uint8:
+            y = modelopt.nvfp4_linear_modelopt(
                 x,
                 qweight,
                 weight_scale,
@@ -98,9 +119,17 @@ def linear_reference(
                 bias,
             )
         else:
-            stages = reference.fp8_linear_modelopt if compute == "modelopt" else reference.fp8_linear_exact
-            y = stages(x, qweight, weight_scale, input_scale, bias)
+            y = modelopt.fp8_linear_modelopt(x, qweight, weight_scale, input_scale, bias)
     return y.to(x.dtype)
+
+
+def resolved(x: torch.Tensor, qweight: torch.Tensor, compute: str) -> str:
+    """The compute mode of one call, ``auto`` resolved by x's device.
+
+    An FP8_SVD weight looks like an FP8 checkpoint's here, so ``SVDQWeight.operator_compute`` resolves it beforehand.
+    """
+    format = Format.NVFP4 if qweight.dtype == torch.uint8 else Format.FP8
+    return modes.resolve(compute, format, x.device)
 
 
 def _fake(
@@ -113,7 +142,7 @@ def _fake(
     lora_down,
     lora_up,
     bias,
-    compute="exact",
+    compute="auto",
 ):
     validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))

@@ -3,10 +3,10 @@
     x_hat = x * s
     y     = quantize(x_hat) @ dequantize(R).T + (x_hat @ L2.T) @ L1.T + bias
 
-Two modes compute it. ``exact`` is what block-scaled hardware does: operands exact, sums in float32, one rounding at
-the end. ``modelopt`` reproduces NVIDIA ModelOpt's own simulation, NVFP4 bit for bit: every operand rounded to the
-activation's dtype, every product in it. Float64 activations make ``exact`` the oracle: the same quantised operands,
-summed in float64.
+Three kinds of arithmetic compute it, by what the product of x_hat and R takes as operands: ``nvfp4`` both in 4 bits,
+``fp8`` both in e4m3, ``bf16`` the weight's 4 bits and x_hat as it is. In each of them operands are exact, sums are
+float32, and the result is rounded once. Float64 activations make it the oracle: the same operands, summed in float64.
+(ModelOpt's simulation, which rounds in between, is :mod:`svdq_compile.ops.modelopt`.)
 
 Letters: M tokens, K in_features, N out_features, R rank.
 """
@@ -19,14 +19,12 @@ import torch.nn.functional as F
 from ..spec import E2M1_MAX, E4M3_MAX
 from . import codec
 
-COMPUTE_MODES = ("exact", "modelopt")
-
-MODELOPT_TINY_STEP = 1e-5
-"""ModelOpt's activation kernel divides a block by 1 where block scale times tensor scale is below this."""
+FP8_WEIGHT_DIVISOR = 8.0
+"""Brings code times block scale, up to 6 * 448, below e4m3's 448; a power of two, so only exponents change."""
 
 
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype of sums in ``exact`` mode: float64 for float64 activations, else float32."""
+    """Dtype of sums: float64 for float64 activations, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -55,9 +53,9 @@ def dynamic_input_scale(x_hat: torch.Tensor) -> torch.Tensor:
     return _token_scale(x_hat, E2M1_MAX * E4M3_MAX)
 
 
-def dynamic_input_scale_fp8(x: torch.Tensor) -> torch.Tensor:
+def dynamic_input_scale_fp8(x_hat: torch.Tensor) -> torch.Tensor:
     """Per-token scale ``amax / 448`` for e4m3 activations; 1 for an all-zero token. Shapes as above."""
-    return _token_scale(x, E4M3_MAX)
+    return _token_scale(x_hat, E4M3_MAX)
 
 
 def _token_scale(x: torch.Tensor, largest: float) -> torch.Tensor:
@@ -78,14 +76,53 @@ def low_rank(x_hat: torch.Tensor, lora_down: torch.Tensor, lora_up: torch.Tensor
     return F.linear(F.linear(x_hat, lora_down), lora_up)
 
 
-def residual_exact(
+def fp8_weight(
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The weight of ``fp8`` arithmetic: ``w_q = e4m3(code * block scale / 8)``, and the scales that belong to it.
+
+    Args:
+        qweight: uint8 [N, K/2], or float8_e4m3fn [N, K], which is its own w_q.
+        weight_scale: float8_e4m3fn [N, K/16], or float32 scalar.
+        weight_scale_2: t, float32 scalar (uint8 only).
+        input_scale: i, float32 scalar, or None for a dynamic one per token.
+
+    Returns:
+        w_q float8_e4m3fn [N, K]; its scale, float32 scalar, ``8 * t``; the activation's scale, float32 scalar,
+        ``6 * i`` (i is amax / (6 * 448), e4m3 needs amax / 448), or None.
+    """
+    if qweight.dtype != torch.uint8:
+        return qweight, weight_scale, input_scale
+    products = codec.decode_nvfp4(codec.unpack_codes(qweight), weight_scale)
+    w_q = codec.round_e4m3(products / FP8_WEIGHT_DIVISOR)
+    scale = None if input_scale is None else input_scale.float() * E2M1_MAX
+    return w_q, weight_scale_2.float() * FP8_WEIGHT_DIVISOR, scale
+
+
+def quantize_fp8(x_hat: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``e4m3(x_hat * (1 / scale))``: float32 reciprocal, float32 product, saturating at 448, NaN stays NaN.
+
+    Args:
+        x_hat: [..., K].
+        scale: float32, a scalar or [..., 1].
+
+    Returns:
+        float8_e4m3fn [..., K].
+    """
+    return codec.round_e4m3(x_hat.float() * (torch.ones_like(scale) / scale))
+
+
+def product_nvfp4(
     x_hat: torch.Tensor,
     qweight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_scale_2: torch.Tensor,
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    """NVFP4 product with exact operands: block-scaled codes times block-scaled codes, tensor scales afterwards.
+    """Block-scaled codes times block-scaled codes, tensor scales afterwards.
 
     Args:
         x_hat: [..., K].
@@ -106,106 +143,66 @@ def residual_exact(
     return F.linear(x_q, w_q) * (input_scale.to(wide) * weight_scale_2.to(wide))
 
 
-def fake_quantize_modelopt(x_hat: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """ModelOpt's simulated NVFP4 activation: quantised and multiplied out again, in the activation's dtype.
+def product_fp8(
+    x_hat: torch.Tensor,
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """``(x_q @ w_q.T) * (a * b)`` of e4m3 operands with their scales a and b.
+
+    Arguments as :func:`product_nvfp4`, or ``qweight`` float8_e4m3fn [N, K] with a scalar ``weight_scale``.
+    """
+    wide = accumulate_dtype(x_hat)
+    w_q, weight_scale, input_scale = fp8_weight(qweight, weight_scale, weight_scale_2, input_scale)
+    scale = dynamic_input_scale_fp8(x_hat) if input_scale is None else input_scale.float()
+    x_q = quantize_fp8(x_hat, scale)
+    return F.linear(x_q.to(wide), w_q.to(wide)) * (scale.to(wide) * weight_scale.to(wide))
+
+
+def product_bf16(
+    x_hat: torch.Tensor,
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """``(x_hat @ w_q.T) * t``: the weight as it is stored, the activation not quantised. Arguments as above."""
+    wide = accumulate_dtype(x_hat)
+    if qweight.dtype == torch.uint8:
+        w_q, scale = codec.decode_nvfp4(codec.unpack_codes(qweight), weight_scale, wide), weight_scale_2
+    else:
+        w_q, scale = qweight.to(wide), weight_scale
+    return F.linear(x_hat.to(wide), w_q) * scale.to(wide)
+
+
+_PRODUCTS = {"nvfp4": product_nvfp4, "fp8": product_fp8, "bf16": product_bf16}
+
+
+def linear_wide(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    pre_quant_scale: torch.Tensor | None,
+    lora_down: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    arithmetic: str,
+) -> torch.Tensor:
+    """The whole linear before its one rounding: accumulation dtype [..., N]. Arguments as ``svdq::linear``.
 
     Args:
-        x_hat: [..., K].
-        input_scale: float32, a scalar or [..., 1].
+        arithmetic: ``nvfp4``, ``fp8`` or ``bf16``, whatever the number of tokens. A float8_e4m3fn ``qweight`` has no
+            4-bit codes; ``nvfp4`` takes its own operands, those of ``fp8``.
     """
-    blocks = x_hat.float().unflatten(-1, (-1, 16))
-    amax = blocks.abs().amax(-1, keepdim=True)
-    tensor_scale = input_scale.float().unsqueeze(-1) if input_scale.dim() else input_scale.float()
-    step = codec.round_e4m3(amax / (E2M1_MAX * tensor_scale)).float() * tensor_scale
-    step = torch.where(step < MODELOPT_TINY_STEP, torch.ones_like(step), step)
-    values = codec.decode_e2m1(codec.encode_e2m1(blocks / step)) * step
-    return values.flatten(-2).to(x_hat.dtype)
-
-
-def dequantize_weight(qweight: torch.Tensor, weight_scale: torch.Tensor, weight_scale_2: torch.Tensor) -> torch.Tensor:
-    """The NVFP4 residual R multiplied out as ModelOpt does, ``code * (block scale * tensor scale)``: float32 [N, K]."""
-    codes = codec.decode_e2m1(codec.unpack_codes(qweight)).unflatten(-1, (-1, 16))
-    return (codes * (weight_scale.float() * weight_scale_2.float()).unsqueeze(-1)).flatten(-2)
-
-
-def nvfp4_linear_modelopt(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_scale_2: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    pre_quant_scale: torch.Tensor | None,
-    lora_down: torch.Tensor | None,
-    lora_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """The whole NVFP4 linear as ModelOpt simulates it: x.dtype [..., N]. Arguments as ``svdq::linear``."""
-    dtype = x.dtype
-    x_hat = smooth(x, pre_quant_scale)
-    x_q = fake_quantize_modelopt(x_hat, dynamic_input_scale(x_hat) if input_scale is None else input_scale)
-    w_q = dequantize_weight(qweight, weight_scale, weight_scale_2).to(dtype)
-    y = F.linear(x_q, w_q, None if bias is None else bias.to(dtype))
-    if lora_down is not None:
-        y = y + low_rank(x_hat, lora_down.to(dtype), lora_up.to(dtype))
-    return y
-
-
-def nvfp4_linear_exact(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_scale_2: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    pre_quant_scale: torch.Tensor | None,
-    lora_down: torch.Tensor | None,
-    lora_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """The whole NVFP4 linear before its one rounding: accumulation dtype [..., N]. Arguments as ``svdq::linear``."""
     wide = accumulate_dtype(x)
+    if arithmetic == "nvfp4" and qweight.dtype != torch.uint8:
+        arithmetic = "fp8"
     x_hat = smooth(x, pre_quant_scale)
-    y = residual_exact(x_hat, qweight, weight_scale, weight_scale_2, input_scale)
+    y = _PRODUCTS[arithmetic](x_hat, qweight, weight_scale, weight_scale_2, input_scale)
     if lora_down is not None:
         y = y + low_rank(x_hat.to(wide), lora_down.to(wide), lora_up.to(wide))
-    return y if bias is None else y + bias.to(wide)
-
-
-def fp8_linear_modelopt(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """ModelOpt's simulation of its FP8 linear: operands multiplied out and rounded to x.dtype [..., N]."""
-    dtype = x.dtype
-    scale = dynamic_input_scale_fp8(x) if input_scale is None else input_scale.float()
-    x_q = (codec.round_e4m3(x.float() / scale).float() * scale).to(dtype)
-    w_q = (qweight.float() * weight_scale).to(dtype)
-    return F.linear(x_q, w_q, None if bias is None else bias.to(dtype))
-
-
-def fp8_linear_exact(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """ModelOpt's FP8 linear before its one rounding: ``(e4m3(x / i) @ w.T) * (i * t) + bias``.
-
-    Args:
-        x: [..., K].
-        qweight: float8_e4m3fn [N, K].
-        weight_scale: t, float32 scalar.
-        input_scale: i, float32 scalar, or None for a dynamic one per token.
-        bias: [N] or None.
-
-    Returns:
-        accumulation dtype [..., N].
-    """
-    wide = accumulate_dtype(x)
-    scale = dynamic_input_scale_fp8(x) if input_scale is None else input_scale
-    x_q = codec.round_e4m3(x.float() / scale).to(wide)
-    y = F.linear(x_q, qweight.to(wide)) * (scale.to(wide) * weight_scale.to(wide))
     return y if bias is None else y + bias.to(wide)

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from ..dtypes import TORCH_DTYPES
-from ..errors import DenseWeightError, FingerprintError
+from ..errors import DenseWeightError, FingerprintError, StorageError
 from ..spec import COMPONENTS, Format, LinearSpec
-from . import reference
+from . import modes
 from .linear import linear
 
 aten = torch.ops.aten
@@ -31,18 +31,23 @@ class Fingerprint:
 
     Args:
         spec: format, sizes and parts. Names nothing that differs between two blocks of the same recipe.
-        compute: ``exact`` or ``modelopt`` (:mod:`svdq_compile.ops.reference`).
+        compute: compute mode (:mod:`svdq_compile.ops.modes`).
 
     Raises:
         ValueError: an unknown compute mode.
+        StorageError: a mode that needs the 4-bit codes, for an FP8_SVD weight.
     """
 
     spec: LinearSpec
-    compute: str = "exact"
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.compute not in reference.COMPUTE_MODES:
-            raise ValueError(f"compute={self.compute!r}: choose one of {', '.join(reference.COMPUTE_MODES)}")
+        if self.compute not in modes.COMPUTE_MODES:
+            raise ValueError(f"compute={self.compute!r}: choose one of {', '.join(modes.COMPUTE_MODES)}")
+        if self.spec.format is Format.FP8_SVD and self.compute in modes.NEEDS_CODES:
+            raise StorageError(
+                f"compute={self.compute!r} needs the 4-bit codes, which a {self.spec.describe()} weight has given up"
+            )
 
 
 class SVDQWeight(torch.Tensor):
@@ -112,8 +117,18 @@ class SVDQWeight(torch.Tensor):
         """Bytes the stored tensors take."""
         return sum(part.numel() * part.element_size() for part in self.parts().values())
 
+    @property
+    def operator_compute(self) -> str:
+        """The compute mode ``svdq::linear`` is given.
+
+        The fingerprint's own, which the operator resolves by its activation's device. ``auto`` of an FP8_SVD weight is
+        resolved here, because the operator cannot tell it from an FP8 checkpoint's.
+        """
+        spec, compute = self.fingerprint.spec, self.fingerprint.compute
+        return modes.resolve(compute, spec.format, self.device) if spec.format is Format.FP8_SVD else compute
+
     def with_compute(self, compute: str) -> SVDQWeight:
-        """The same tensors under another compute mode; ValueError if there is no such mode."""
+        """The same tensors under another compute mode; ValueError if there is no such mode for them."""
         return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, compute=compute), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Fingerprint, torch.dtype]]:
@@ -178,7 +193,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not isinstance(weight, SVDQWeight) or isinstance(input, SVDQWeight) or isinstance(bias, SVDQWeight):
         culprit = next(a for a in (input, bias, weight) if isinstance(a, SVDQWeight))
         raise DenseWeightError("F.linear with a quantised weight as its input or bias", culprit.spec.describe())
-    return linear(input, *(getattr(weight, name) for name in COMPONENTS), bias, weight.fingerprint.compute)
+    return linear(input, *(getattr(weight, name) for name in COMPONENTS), bias, weight.operator_compute)
 
 
 def _set_data(weight: SVDQWeight, source: torch.Tensor) -> None:
@@ -266,7 +281,7 @@ def take(weight: SVDQWeight, dim: int, start: int, end: int, step: int = 1) -> S
         parts = {k: v[rows] if k in ROW_PARTS and v.dim() else v for k, v in weight.parts().items()}
         spec = dataclasses.replace(spec, out_features=len(range(start, end, step)))
     else:
-        group = 1 if spec.format is Format.FP8 else spec.group_size
+        group = spec.group_size if weight.qweight.dtype == torch.uint8 else 1
         if step != 1 or start % group or end % group:
             raise DenseWeightError(
                 f"slicing columns {start}:{end}:{step}",

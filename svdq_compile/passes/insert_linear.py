@@ -24,11 +24,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One linear the pass rewrote: its node, what its weight is, and where it runs."""
+    """One linear the pass rewrote: its node, what its weight is, where it runs, and its activation's dtype."""
 
     node: str
     fingerprint: Fingerprint
     device: torch.device
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,15 @@ class Report:
         return text + "".join(f"\n  left {node}: {reason}" for node, reason in self.left)
 
 
-def insert_linear(gm: fx.GraphModule) -> Report:
+def insert_linear(gm: fx.GraphModule, compute: str = "auto") -> Report:
     """Rewrites a Dynamo graph in place; placeholders stay, so Dynamo's own view of the graph stays valid.
 
+    Args:
+        gm: the graph.
+        compute: mode of the weights whose own is ``auto``.
+
     Raises:
+        StorageError: ``compute`` needs codes that a weight has given up.
         FingerprintError: a weight's components do not look the way its fingerprint says, or a quantised weight is
             used by something other than a linear.
     """
@@ -68,13 +74,16 @@ def insert_linear(gm: fx.GraphModule) -> Report:
         check_components(value.parts(), value.spec)
         if weight not in parts_of:
             parts_of[weight] = _read_components(gm.graph, weight, value)
+        fingerprint, mode = value.fingerprint, value.operator_compute
+        if compute != "auto" and fingerprint.compute == "auto":
+            fingerprint, mode = dataclasses.replace(fingerprint, compute=compute), compute
         with gm.graph.inserting_before(node):
             components = (parts_of[weight][name] for name in COMPONENTS)
-            new = gm.graph.call_function(linear, (x, *components, bias, value.fingerprint.compute))
+            new = gm.graph.call_function(linear, (x, *components, bias, mode))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        matched.append(Match(new.name, value.fingerprint, value.device))
+        matched.append(Match(new.name, fingerprint, value.device, _value(x).dtype))
     _check_uses(gm.graph)
     gm.graph.lint()
     gm.recompile()

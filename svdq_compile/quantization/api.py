@@ -25,7 +25,7 @@ def quantize(
     skip: tuple[str, ...] = TEXT_AND_MODULATION,
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    compute: str = "exact",
+    compute: str = "auto",
 ) -> nn.Module:
     """Calibrates and quantises a diffusers transformer with NVIDIA ModelOpt, through its real file format.
 

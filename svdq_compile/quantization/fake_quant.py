@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import MissingPackageError
-from ..ops.reference import fake_quantize_modelopt
+from ..ops.modelopt import fake_quantize_modelopt
 from ..spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE
 
 INSTALL = "pip install 'svdq-compile[quantize]'"

@@ -33,6 +33,18 @@ SMALL = {
 """A Qwen-Image of 127 216 parameters; every size that has to be is a multiple of 16."""
 
 
+QWEN_IMAGE = SMALL | {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
+"""The released Qwen-Image of 20 billion parameters."""
+
+
 def write_checkpoint(
     folder: Path,
     *,

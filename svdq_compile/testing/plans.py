@@ -40,6 +40,7 @@ class Planned:
         shape: its shape.
         role: component name, ``bias``, or ``dense``.
         source: what its random numbers depend on; tensors of equal source and shape are equal.
+        spec: of the quantised linear it is a part of.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Planned:
     shape: tuple[int, ...]
     role: str
     source: str
+    spec: LinearSpec | None = None
 
     @property
     def nbytes(self) -> int:
@@ -95,27 +97,34 @@ def _quantised_linear(name: str, module: nn.Linear, settings: Recipe, rank: int,
         parts["bias"] = (dtype, (module.out_features,))
     for role, (part_dtype, shape) in parts.items():
         source = f"{name if role in UNSHARED else shared}.{role}"
-        yield Planned(f"{name}.{MODELOPT_LEAF.get(role, role)}", part_dtype, shape, role, source)
+        yield Planned(f"{name}.{MODELOPT_LEAF.get(role, role)}", part_dtype, shape, role, source, spec)
 
 
-def random_tensor(tensor: Planned, seed: int) -> torch.Tensor:
-    """Contents valid for a tensor's role: codes uniform, scales positive, smoothing with outliers."""
-    generator = torch.Generator().manual_seed(zlib.crc32(tensor.source.encode()) ^ seed)
+def random_tensor(tensor: Planned, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Contents valid for a tensor's role: codes uniform, scales positive, smoothing with outliers.
+
+    Args:
+        tensor: what to make.
+        seed: of the numbers, which differ between kinds of devices.
+        device: where.
+    """
+    generator = torch.Generator(device).manual_seed(zlib.crc32(tensor.source.encode()) ^ seed)
+    made = {"generator": generator, "device": device}
     shape, dtype = tensor.shape, TORCH_DTYPES[tensor.dtype]
     if tensor.dtype == "U8":
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, **made)
     if tensor.dtype == "F8_E4M3":
         low, high = (0x20, 0x7F) if tensor.role == "weight_scale" else (0, 0x7F)
-        codes = torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
+        codes = torch.randint(low, high, shape, dtype=torch.uint8, **made)
         if tensor.role == "qweight":
-            codes |= torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) << 7
+            codes |= torch.randint(0, 2, shape, dtype=torch.uint8, **made) << 7
         return codes.view(dtype)
     if not shape:
         span = 9e-3 if tensor.role == "input_scale" else 9e-5
-        return torch.rand(shape, generator=generator) * span + span / 9
-    values = torch.randn(shape, generator=generator)
+        return torch.rand(shape, **made) * span + span / 9
+    values = torch.randn(shape, **made)
     if tensor.role == "pre_quant_scale":
-        outlier = torch.rand(shape, generator=generator) < 0.02
+        outlier = torch.rand(shape, **made) < 0.02
         values = torch.exp2(values / 4) * torch.where(outlier, 4.0, 1.0)
     elif len(shape) == 1:
         norm = tensor.role == "dense" and tensor.key.endswith(".weight")

@@ -20,7 +20,7 @@ def random_linear(
     bias: bool = True,
     smooth: bool = True,
     dynamic: bool = False,
-    compute: str = "exact",
+    compute: str = "auto",
     generator: torch.Generator | None = None,
 ) -> nn.Linear:
     """An ``nn.Linear`` with a random quantised weight, calibrated for standard normal inputs.
@@ -28,16 +28,17 @@ def random_linear(
     Args:
         out_features: N.
         in_features: K, a multiple of 16 for the NVFP4 formats.
-        format: storage format; rank and smoothing apply to NVFP4_SVD only.
+        format: storage format; rank and smoothing apply to NVFP4_SVD and FP8_SVD only.
         rank: R.
         dtype: model dtype.
         bias: whether the layer has a bias.
         smooth: whether the weight has a ``pre_quant_scale``.
         dynamic: no calibrated activation scale.
-        compute: ``exact`` or ``modelopt``.
+        compute: compute mode.
         generator: source of the random numbers.
     """
-    svd = format is Format.NVFP4_SVD
+    svd = format in (Format.NVFP4_SVD, Format.FP8_SVD)
+    fp8 = format in (Format.FP8, Format.FP8_SVD)
     spec = LinearSpec(
         format, out_features, in_features, rank if svd else 0, DTYPE_NAMES[dtype], smooth and svd, dynamic
     )
@@ -53,7 +54,7 @@ def random_linear(
         elif name == "pre_quant_scale":
             value = torch.exp2(noise / 2)
         elif name == "input_scale":
-            value = torch.tensor(6.0 / (E4M3_MAX if format is Format.FP8 else E2M1_MAX * E4M3_MAX))
+            value = torch.tensor(6.0 / (E4M3_MAX if fp8 else E2M1_MAX * E4M3_MAX))
         elif not part.shape:
             value = torch.tensor(0.01) / in_features**0.5
         else:

@@ -81,6 +81,25 @@ def test_a_quantised_pipeline_and_a_quantised_transformer(quantised, tmp_path):
     assert numpy.array_equal(stock, pixels(tmp_path / "dense.png"))
 
 
+def test_storage(quantised, tmp_path, capsys):
+    """A quantised transformer's storage and bytes are printed; fp8 mode draws from either storage."""
+    sizes = {}
+    for storage in ("packed", "expanded"):
+        draw(quantised, tmp_path / f"{storage}.png", "--compute", "fp8", "--storage", storage)
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"transformer: {storage}, ")
+        assert second.startswith("seed 0: ")
+        sizes[storage] = float(first.split()[2])
+        assert pixels(tmp_path / f"{storage}.png").std() > 0
+    assert sizes["packed"] < sizes["expanded"]
+
+
+def test_a_storage_that_has_not_what_the_mode_needs(quantised, tmp_path, capsys):
+    words = ["--model", str(quantised), "--output", str(tmp_path), *SMALLEST]
+    assert main(["generate", *words, "--compute", "modelopt", "--storage", "expanded"]) == 1
+    assert "compute='modelopt' needs the 4-bit codes" in capsys.readouterr().err
+
+
 def test_a_pipeline_that_needs_a_picture(tmp_path, capsys):
     folder = own_transformer(tmp_path / "pipeline", {"_class_name": "QwenImageImg2ImgPipeline"})
     words = ["--model", str(folder), "--transformer", str(DEMO), *SMALLEST]

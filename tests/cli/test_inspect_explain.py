@@ -41,7 +41,7 @@ def test_inspect_passes_the_revision_on(monkeypatch):
     assert seen == {"path": "owner/name", "revision": "v2"}
 
 
-@pytest.mark.parametrize("compute", ["exact", "modelopt"])
+@pytest.mark.parametrize("compute", ["nvfp4", "fp8", "bf16", "modelopt"])
 def test_explain_json(checkpoint, compute, capsys):
     assert main(["explain", str(checkpoint), "--device", "cpu", "--compute", compute, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["linears"]
@@ -50,6 +50,26 @@ def test_explain_json(checkpoint, compute, capsys):
     assert len(quantised) == 14
     assert {row["compute"] for row in quantised} == {compute}
     assert all(row["name"].startswith("transformer_blocks.1.") for row in quantised)
+
+
+def test_explain_shows_the_storage_and_what_auto_means(checkpoint, capsys):
+    words = ["explain", str(checkpoint), "--device", "cpu", "--json"]
+    nbytes = {}
+    for storage, format, compute in (("packed", "nvfp4_svd", "nvfp4"), ("expanded", "fp8_svd", "fp8")):
+        assert main([*words, "--storage", storage]) == 0
+        rows = json.loads(capsys.readouterr().out)["linears"]
+        row = next(row for row in rows if row["rank"])
+        assert (row["storage"], row["format"], row["compute"]) == (storage, format, compute)
+        nbytes[storage] = row["nbytes"]
+    assert nbytes["expanded"] > nbytes["packed"]
+    assert main([*words[:-1], "--storage", "expanded"]) == 0
+    assert "14 x fp8_svd, expanded, compute fp8: reference" in capsys.readouterr().out
+
+
+def test_a_storage_that_has_not_what_the_mode_needs(checkpoint, capsys):
+    words = ["explain", str(checkpoint), "--device", "cpu", "--storage", "expanded", "--compute", "nvfp4"]
+    assert main(words) == 1
+    assert capsys.readouterr().err.startswith("error: compute='nvfp4' needs the 4-bit codes, which a fp8_svd ")
 
 
 def test_explain_text(checkpoint, capsys):

@@ -43,6 +43,7 @@ def test_version(capsys):
         ["insepct", "x"],
         ["inspect"],
         ["explain", "x", "--compute", "fast"],
+        ["explain", "x", "--storage", "dense"],
         ["verify", "x"],
         ["verify", "x", "--against", "y", "--tokens", "0"],
         ["generate", "--count", "none"],

@@ -80,10 +80,14 @@ def test_table_is_worst_first(x):
     reference = Chain()
     result = verify(scaled(scaled(reference, "first", 1.1), "second", 0.5), reference, x)
     lines = str(result).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["whole", "second", "first"]
+    assert [line.split()[0] for line in lines[1:]] == ["whole", "second", "first", "model:", "reference:"]
     assert lines[2].split()[1:] == ["dense", "5.000e-01", "6.02"]
     same = verify(reference, reference, x)
-    assert str(same).splitlines()[-1] == "2 more without any difference"
+    assert str(same).splitlines()[-3:] == [
+        "2 more without any difference",
+        "model: dense, 0.0 MB",
+        "reference: dense, 0.0 MB",
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -188,7 +192,27 @@ def test_command(dense, tmp_path, capsys):
     assert results[""] != results["seed"]
     assert results[""] != results["modelopt"]
     assert main(words) == 0
-    assert "34 more without any difference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "34 more without any difference" in out
+    assert "model: packed, " in out
+    assert "reference: dense, " in out
+
+
+def test_storage_and_bytes(dense):
+    reference = load_transformer(dense)
+    inputs = random_inputs(reference, tokens=6)
+    sizes = {}
+    for storage in ("packed", "expanded"):
+        model = load_transformer(dense, quantize="nvfp4", blocks_kept=1, storage=storage)
+        result = verify(model, reference, inputs)
+        assert result.to_dict()["resident"]["storage"] == storage
+        sizes[storage] = result.resident
+    assert result.reference_resident.nbytes == sum(p.nbytes for p in reference.parameters())
+    dense_nbytes = {size.nbytes - size.quantised_nbytes for size in sizes.values()}
+    assert len(dense_nbytes) == 1
+    # 4 bits a code and 8 bits a scale of 16 codes, against 8 bits an element; the scalars count for little.
+    ratio = sizes["expanded"].quantised_nbytes / sizes["packed"].quantised_nbytes
+    assert ratio == pytest.approx(16 / 9, rel=1e-2)
 
 
 def test_command_against_another_dtype(dense, tmp_path, capsys):

@@ -70,6 +70,19 @@ def test_recipes_through_inductor(recipe, tmp_path):
     assert_within_budget(compiled(**inputs)[0], oracle_model(**wide)[0], low_precision=expected)
 
 
+@pytest.mark.parametrize("compute", ["auto", "fp8", "bf16"])
+def test_expanded_weights(compute, tmp_path):
+    """NVFP4_SVD and NVFP4 linears in one graph, for fewer tokens than fp8 quantises and for more."""
+    write_checkpoint(tmp_path, config=SMALL, recipe="mixed", blocks_kept=1)
+    model = svdq_compile.load_transformer(tmp_path, compute=compute, storage="expanded")
+    recorder = RecordingBackend(lower=False)
+    compiled = torch.compile(model, backend=recorder, fullgraph=True, dynamic=True)
+    for sizes in ({}, {"height": 12, "width": 12, "text": 130}):
+        inputs = example_inputs(model, **sizes)
+        assert_bits_equal(compiled(**inputs)[0], model(**inputs)[0])
+    assert recorder.count(linear) == 14 * len(recorder.reports)
+
+
 def test_ranks_that_differ_give_a_graph_each(tmp_path):
     write_checkpoint(
         tmp_path,

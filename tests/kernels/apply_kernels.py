@@ -1,8 +1,9 @@
 """Run kernels on saved tensors, in a process of its own so that Triton's CPU interpreter can be switched on.
 
-Usage: ``[TRITON_INTERPRET=1] python apply_kernels.py cases.pt results.pt DEVICE``, where ``cases.pt`` holds a
-list of (name, args) and ``results.pt`` receives the list of results on the CPU. A name is a launcher,
-``linear_cuda``, or a device function of fp4.py, which is mapped over its one argument.
+Usage: ``[TRITON_INTERPRET=1] python apply_kernels.py cases.pt results.pt DEVICE [MAJOR]``, where ``cases.pt`` holds a
+list of (name, args) and ``results.pt`` receives the list of results on the CPU. A name is a launcher of
+``svdq_kernels``, ``linear_cuda``, or a device function of fp4.py, which is mapped over its one argument. On the CPU
+launchers take the device for a GPU of compute capability MAJOR.0.
 """
 
 import sys
@@ -10,12 +11,20 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from svdq_kernels import fp4
-from svdq_kernels.activation import quantize_nvfp4
+from svdq_kernels import dense, fp4
+from svdq_kernels.activation import prepare
+from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
 
 from svdq_compile.ops import cuda
+from svdq_compile.testing.tensors import move
 
+LAUNCHERS = {
+    "prepare": prepare,
+    "multiply": multiply,
+    "expand_nvfp4": expand_nvfp4,
+    "linear_cuda": cuda.linear_cuda,
+}
 RESULT_DTYPE = {"encode_e2m1": torch.uint8, "magnitude_bits": torch.int32}
 
 
@@ -35,28 +44,19 @@ def map_function(name, values):
     return out
 
 
-def linear_interpreted(*args):
-    """linear_cuda with cuBLAS' part done on the CPU; a 16-bit product is exact in float32."""
-    cuda.matmul_float32 = lambda a, b: a.float() @ b.float().t()
-    torch.cuda.get_device_capability = lambda device: (9, 0)
-    return cuda.linear_cuda(*args)
-
-
-def move(value, device):
-    """A tensor, or a tuple of some, on another device, with its strides and offset."""
-    if isinstance(value, torch.Tensor):
-        storage = value.new_empty(0).set_(value.untyped_storage())
-        return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
-    return tuple(move(v, device) for v in value) if isinstance(value, tuple) else value
+def pretend_to_be_a_gpu(major):
+    """The CPU answers like a GPU; three multiprocessors, so that a program has several tiles."""
+    torch.cuda.get_device_capability = lambda device=None: (major, 0)
+    cuda.capability = lambda device: (major, 0)
+    dense.multiprocessors = lambda device: 3
 
 
 def apply(name, args):
-    if name == "linear_cuda":
-        return linear_interpreted(*args)
-    launchers = {"quantize_nvfp4": quantize_nvfp4, "expand_nvfp4": expand_nvfp4}
-    return launchers[name](*args) if name in launchers else map_function(name, *args)
+    return LAUNCHERS[name](*args) if name in LAUNCHERS else map_function(name, *args)
 
 
 if __name__ == "__main__":
-    cases, results, device = sys.argv[1:]
+    cases, results, device, *major = sys.argv[1:]
+    if device == "cpu":
+        pretend_to_be_a_gpu(int(major[0]) if major else 9)
     torch.save([move(apply(name, move(args, device)), "cpu") for name, args in torch.load(cases)], results)

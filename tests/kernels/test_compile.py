@@ -1,81 +1,155 @@
-"""Every kernel compiles for every GPU generation: no spills, no flushed subnormals, no FP8 hardware."""
-
-import pathlib
-import re
-import subprocess
+"""Every kernel compiles for every GPU generation: its tensor core instruction, no spills, room in shared memory."""
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from svdq_kernels import activation, expand, fp4  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from svdq_kernels import activation, dense, expand, gemv
 
-SHARED_MEMORY_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Most shared memory a program may have, by compute capability (CUDA C++ Programming Guide)."""
+from svdq_compile.testing.ptx import CUOBJDUMP, SHARED_MEMORY_BYTES, compile_for, spills
 
-ACTIVATION_DTYPES = ("bf16", "fp16", "fp32")
+CAPABILITIES = tuple(SHARED_MEMORY_BYTES)
+E4M3_SINCE = (8, 9)
 
+# What a launch finds out about aligned tensors.
+ALIGNED = ("N", "K", "W", "stride_xm", "stride_wn")
 
-def activation_signature(dtype, smooth, **more):
-    signature = {"x_ptr": f"*{dtype}", "t_ptr": "*fp32", "K": "i32", "stride_xm": "i64", **more}
-    return {**signature, "s_ptr": f"*{dtype}"} if smooth else signature
-
-
-def cases():
-    """Name -> (kernel, types of its arguments, constants); arguments in neither are None."""
-    tile = {"GROUP": fp4.GROUP, "BLOCK_G": expand.BLOCK_G}
-    types = {"qweight_ptr": "*u8", "scale_ptr": "*u8", "out_ptr": "*bf16", "num_groups": "i32"}
-    result = {"expand": (expand._expand_kernel, types, tile, expand.NUM_WARPS)}
-    block = {"BLOCK_K": activation.BLOCK_K}
-    for dtype in ACTIVATION_DTYPES:
-        for smooth in (False, True):
-            name = f"{dtype}-{'smooth' if smooth else 'plain'}"
-            types = activation_signature(dtype, smooth)
-            result[f"token_scale-{name}"] = (activation._token_scale_kernel, types, block, 4)
-            constants = {"GROUP": fp4.GROUP, **block}
-            types = activation_signature(dtype, smooth, q_ptr="*bf16", stride_tm="i32")
-            if smooth:
-                types["h_ptr"] = f"*{dtype}"
-            result[f"quantize-{name}"] = (activation._quantize_kernel, types, constants, 4)
-    return result
+MMA = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma", (12, 0): "mma.sync"}
+"""The widest tensor core instruction of each generation."""
 
 
-def compile_for(capability, kernel, types, constants, num_warps):
-    names = kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
-    constexprs = {name: constants.get(name) for name in names if name not in types}
-    # What a launch finds out about aligned tensors.
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("K", "stride_xm")]
-    source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+def sm(capability):
+    return f"sm_{capability[0]}{capability[1]}"
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
-@pytest.mark.parametrize("case", cases())
-def test_compiles(case, capability, tmp_path):
-    compiled = compile_for(capability, *cases()[case])
-    ptx = compiled.asm["ptx"]
-    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability]
-    assert ".ftz" not in ptx
-    assert "div.full" not in ptx
-    assert "div.approx" not in ptx
-    assert "e4m3" not in ptx
+def compiled(capability, kernel, types, constants, **options):
+    result = compile_for(capability, kernel, types, constants, **options, aligned=ALIGNED)
+    assert result.metadata.shared <= SHARED_MEMORY_BYTES[capability]
+    if CUOBJDUMP.exists():
+        assert spills(result) == 0
+    return result.asm["ptx"]
+
+
+def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
+    constants = activation.configuration(m, 3072, rank, operand)
+    warps = constants.pop("num_warps")
+    types = {"x_ptr": f"*{dtype}", "t_ptr": "*fp32", "M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64"}
+    types |= {"stride_tm": "i32", "operand_ptr": "*fp8e4nv" if operand == "fp8" else f"*{dtype}"}
+    types |= {"s_ptr": f"*{dtype}"} if smooth else {}
+    types |= {"down_ptr": f"*{dtype}", "partials_ptr": "*fp32"} if rank else {}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "WORD_MAJOR": m < 5, "RANK": activation.padded_rank(rank)}
+    return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
+
+
+def gemm(capability, dtype, config, rank=32, per_token=False, bias=True):
+    constants = dict(config)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    tma = dense.uses_tma(capability)
+    types = {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
+    types |= {"stride_xm": "i64", "stride_wn": "i64"}
+    types |= {"bias_ptr": "*bf16"} if bias else {}
+    types |= {"partials_ptr": "*fp32", "up_ptr": "*bf16"} if rank else {}
+    for name, rows in (("x", constants["BLOCK_M"]), ("w", constants["BLOCK_N"])):
+        types[name] = f"tensordesc<{dtype}[{rows}, {constants['BLOCK_K']}]>" if tma else f"*{dtype}"
+    constants |= {"PER_TOKEN": per_token, "FACTOR_A": 6.0, "FACTOR_B": 8.0, "R": rank, "SPLITS": 2, "TMA": tma}
+    constants |= {"CHUNK": dense.rank_chunk(rank)}
+    return compiled(capability, dense._dense_kernel, types, constants, **options)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("m", [16, 4096])
+@pytest.mark.parametrize("operand", ["none", "plain", "nvfp4", "fp8"])
+def test_prepare(capability, operand, m):
+    if operand == "fp8" and capability < E4M3_SINCE:
+        pytest.skip("no e4m3 below sm_89")
+    ptx = prepare(capability, operand, m, 32)
+    # 16 and 32 tokens are too few for the wider instructions.
+    assert (MMA[capability] if m == 4096 else "mma.sync") in ptx
+    if operand == "nvfp4":
+        # One ulp decides a tie, so nothing may be flushed or approximated.
+        assert "div.rn.f32" in ptx
+        assert not any(text in ptx for text in (".ftz", "div.full", "div.approx", "e4m3"))
+    if operand == "fp8":
+        assert "cvt.rn.satfinite.e4m3x2" in ptx
+
+
+@pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
+@pytest.mark.parametrize("m", [16, 4096])
+def test_prepare_ranks(rank, m):
+    ptx = prepare((9, 0), "fp8", m, rank, dtype="fp16", smooth=rank != 16)
+    assert ("mma" in ptx) == bool(rank)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_token_scale(capability, smooth):
+    types = {
+        "x_ptr": "*bf16",
+        "t_ptr": "*fp32",
+        "K": "i32",
+        "stride_xm": "i64",
+        **({"s_ptr": "*bf16"} if smooth else {}),
+    }
+    constants = {"TOKEN_RANGE": 448.0, "BLOCK_K": activation.TOKEN_SCALE_BLOCK}
+    assert "div.rn.f32" in compiled(capability, activation._token_scale_kernel, types, constants)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8e4nv"])
+def test_expand(capability, dtype):
+    if dtype == "fp8e4nv" and capability < E4M3_SINCE:
+        pytest.skip("no e4m3 below sm_89")
+    scale = "*fp8e4nv" if capability >= E4M3_SINCE else "*u8"
+    types = {"qweight_ptr": "*u8", "scale_ptr": scale, "out_ptr": f"*{dtype}", "num_groups": "i32"}
+    constants = {"DIVISOR": 8.0 if dtype == "fp8e4nv" else 1.0, "GROUP": expand.GROUP, "BLOCK_G": expand.BLOCK_G}
+    ptx = compiled(capability, expand._expand_kernel, types, constants, num_warps=expand.NUM_WARPS)
     # A warp moves whole vectors.
-    assert "st.global.v4.b32" in ptx or case.startswith("token_scale")
-
-    cuobjdump = pathlib.Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("Triton has no cuobjdump to report spills")
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    command = [str(cuobjdump), "--dump-resource-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
+    assert "st.global.v4.b32" in ptx
 
 
-@pytest.mark.parametrize("case", [name for name in cases() if name.startswith("quantize")])
-def test_divisions_are_rounded_to_nearest(case):
-    ptx = compile_for(90, *cases()[case]).asm["ptx"]
-    # 1024 values over 128 threads: 8 quotients a thread, and one per block scale.
-    assert ptx.count("div.rn.f32") >= 9
+def tiles(capability, element_size):
+    return [
+        pytest.param(capability, element_size, config, id=f"{sm(capability)}-{8 * element_size}bit-{i}")
+        for i, config in enumerate(dense.configurations(4096, 3072, element_size, capability))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "element_size", "config"),
+    [tile for c in CAPABILITIES for size in (1, 2) if size == 2 or c >= E4M3_SINCE for tile in tiles(c, size)],
+)
+def test_dense(capability, element_size, config):
+    ptx = gemm(capability, "fp8e4nv" if element_size == 1 else "bf16", config)
+    assert MMA[capability] in ptx
+    if element_size == 1:
+        assert ("kind::f8f6f4" if capability == (10, 0) else "e4m3") in ptx
+    if capability == (9, 0):
+        wanted = "f32.e4m3.e4m3" if element_size == 1 else "f32.bf16.bf16"
+        assert any("wgmma.mma_async" in line and wanted in line for line in ptx.splitlines())
+        assert "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_dense_ranks(rank, per_token):
+    config = dense.configurations(4096, 3072, 1, (9, 0))[0]
+    assert "wgmma" in gemm((9, 0), "fp8e4nv", config, rank, per_token, bias=not per_token)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("rank", [0, 32, 256])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_gemv(capability, tokens, rank):
+    types = {
+        "x_ptr": "*bf16",
+        "words_ptr": "*i32",
+        "block_scale_ptr": "*u8",
+        "scale_b_ptr": "*fp32",
+        "out_ptr": "*bf16",
+    }
+    types |= {"scale_a_ptr": "*fp32", "bias_ptr": "*bf16", "M": "i32", "N": "i32", "W": "i32"}
+    types |= {"partials_ptr": "*fp32", "up_ptr": "*bf16"} if rank else {}
+    constants = {"PER_TOKEN": tokens == 4, "R": rank, "SPLITS": 24, "SPLITS_PADDED": 32, "TOKENS": tokens}
+    constants |= {"EVEN_W": True, "BLOCK_N": gemv.BLOCK_N, "BLOCK_W": gemv.BLOCK_W}
+    ptx = compiled(capability, gemv._gemv_kernel, types, constants, num_warps=gemv.NUM_WARPS)
+    assert "ld.global.v4.b32" in ptx

@@ -146,7 +146,7 @@ def test_a_loaded_transformer_lends_its_weights(model, folders):
 
 def test_an_unknown_compute_mode_is_refused_at_once(model, folders):
     before = objects(model)
-    with pytest.raises(ValueError, match="choose one of exact, modelopt"):
+    with pytest.raises(ValueError, match="choose one of auto, nvfp4, fp8, bf16, modelopt"):
         svdq_compile.load_transformer(folders[0], compute="fast")
     with pytest.raises(ValueError, match="choose one of"), svdq_compile.patch(model, folders[0], compute="fast"):
         pytest.fail("the block must not run")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import svdq_compile
-from svdq_compile.ops import reference
+from svdq_compile.ops import modelopt, reference
 from svdq_compile.ops.linear import linear
 from svdq_compile.spec import COMPONENTS, MODELOPT_LEAF
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget, relative_error
@@ -65,23 +65,32 @@ def test_modelopt_mode_reproduces_the_recording(export, name, monkeypatch):
     """Bit for bit up to 256 inputs on any machine; beyond, the order of the sums is the CPU library's own."""
     args, recorded = operands(export, name)
     if args[0].shape[-1] <= 256:
-        monkeypatch.setattr(reference.F, "linear", ascending_linear)
-        assert_bits_equal(reference.nvfp4_linear_modelopt(*args), recorded)
+        monkeypatch.setattr(modelopt.F, "linear", ascending_linear)
+        assert_bits_equal(modelopt.nvfp4_linear_modelopt(*args), recorded)
         return
     # Smoothed first, so that the oracle quantises the very values the recording quantised.
     x_hat = reference.smooth(args[0], args[5]).double()
-    oracle = reference.nvfp4_linear_modelopt(x_hat, *args[1:5], None, *args[6:])
-    assert_within_budget(reference.nvfp4_linear_modelopt(*args), oracle, low_precision=recorded)
+    oracle = modelopt.nvfp4_linear_modelopt(x_hat, *args[1:5], None, *args[6:])
+    assert_within_budget(modelopt.nvfp4_linear_modelopt(*args), oracle, low_precision=recorded)
 
 
 @pytest.mark.parametrize("name", LINEARS)
-def test_exact_mode_is_within_modelopts_own_rounding(export, name):
+def test_nvfp4_mode_is_within_modelopts_own_rounding(export, name):
     """3.5e-3 is what rounding every operand and result to bfloat16 costs ModelOpt's simulation."""
     args, recorded = operands(export, name)
-    exact = reference.nvfp4_linear_exact(*args)
-    assert exact.dtype == torch.float32
-    assert relative_error(exact, recorded) <= 3.5e-3
-    assert_bits_equal(linear(*args), exact.to(torch.bfloat16))
+    wide = reference.linear_wide(*args, "nvfp4")
+    assert wide.dtype == torch.float32
+    assert relative_error(wide, recorded) <= 3.5e-3
+    assert_bits_equal(linear(*args, "nvfp4"), wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_what_narrower_operands_cost(export, name):
+    """Against the same stored weight with the activation as it is."""
+    args, _ = operands(export, name)
+    wide = reference.linear_wide(*args, "bf16")
+    assert 0.015 <= relative_error(reference.linear_wide(*args, "fp8"), wide) <= 0.04
+    assert 0.045 <= relative_error(reference.linear_wide(*args, "nvfp4"), wide) <= 0.105
 
 
 @pytest.mark.parametrize("ablation", ["lora", "smoothing"])
@@ -93,7 +102,7 @@ def test_the_recording_tells_a_wrong_formula(export, ablation):
         args[6] = args[7] = None
     else:
         args[5] = None
-    assert relative_error(reference.nvfp4_linear_exact(*args), recorded) > 0.1
+    assert relative_error(reference.linear_wide(*args, "nvfp4"), recorded) > 0.1
 
 
 @pytest.mark.skipif(WHOLE_EXPORT is None, reason="set SVDQ_GOLDEN to a folder with a whole recorded export")

@@ -7,20 +7,24 @@ from hypothesis import strategies as st
 
 from svdq_compile.ops import codec, reference
 from svdq_compile.ops.linear import linear
+from svdq_compile.ops.modes import COMPUTE_MODES, NEEDS_CODES
 from svdq_compile.ops.weight import take
 from svdq_compile.spec import Format
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.weights import random_linear
 
-FORMATS = [Format.NVFP4_SVD, Format.NVFP4, Format.FP8]
-NVFP4 = [Format.NVFP4_SVD, Format.NVFP4]
+FORMATS = [Format.NVFP4_SVD, Format.NVFP4, Format.FP8, Format.FP8_SVD]
+KINDS = [(f, c) for f in FORMATS for c in COMPUTE_MODES if f is not Format.FP8_SVD or c not in NEEDS_CODES]
+"""Every format with every compute mode it can have."""
+
 seeds = st.integers(0, 2**32)
-tokens = st.sampled_from([0, 1, 2, 15, 16, 17, 33])
+tokens = st.sampled_from([0, 1, 2, 15, 16, 17, 33, 130])
 features = st.sampled_from([16, 32, 48, 80, 128])
 ranks = st.sampled_from([0, 1, 3, 16, 32, 48])
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 formats = st.sampled_from(FORMATS)
-modes = st.sampled_from(reference.COMPUTE_MODES)
+modes = st.sampled_from(COMPUTE_MODES)
+kinds = st.sampled_from(KINDS)
 
 
 def case(seed, m, n, k, **kwargs):
@@ -48,10 +52,21 @@ def with_parts(layer, **changed):
     return args | changed
 
 
-@given(seeds, tokens, features, features, ranks, dtypes, formats, st.booleans(), st.booleans())
-def test_exact_mode_is_within_the_budget_of_float64(seed, m, n, k, rank, dtype, format, bias, dynamic):
+@given(
+    seeds,
+    tokens,
+    features,
+    features,
+    ranks,
+    dtypes,
+    st.sampled_from([Format.NVFP4_SVD, Format.NVFP4, Format.FP8]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_nvfp4_mode_is_within_the_budget_of_float64(seed, m, n, k, rank, dtype, format, bias, dynamic):
     """Against the same operands summed in float64; ModelOpt's rounding of every operand is the low-precision run."""
-    layer, x = case(seed, m, n, k, rank=rank, dtype=dtype, format=format, bias=bias, dynamic=dynamic)
+    kind = {"rank": rank, "dtype": dtype, "format": format, "bias": bias, "dynamic": dynamic}
+    layer, x = case(seed, m, n, k, compute="nvfp4", **kind)
     args = with_parts(layer)
     x_hat = reference.smooth(x, args["pre_quant_scale"])
     oracle = linear(x_hat.double(), **(args | {"pre_quant_scale": None}))
@@ -114,26 +129,27 @@ def test_power_of_two_smoothing_folded_into_the_input_is_the_identity(seed, m, n
     assert_bits_equal(linear(x / s, **smoothed), linear(x, **plain))
 
 
-@given(seeds, tokens, features, features, ranks)
-def test_scaling_input_and_its_scale_scales_the_output(seed, m, n, k, rank):
+@given(seeds, tokens, features, features, ranks, st.sampled_from(["nvfp4", "fp8", "bf16"]))
+def test_scaling_input_and_its_scale_scales_the_output(seed, m, n, k, rank, compute):
     """Powers of two commute with everything once the calibrated scale follows."""
-    layer, x = case(seed, m, n, k, rank=rank, bias=False)
+    layer, x = case(seed, m, n, k, rank=rank, bias=False, compute=compute)
     args = with_parts(layer)
     scaled = args | {"input_scale": args["input_scale"] * 4}
     assert_bits_equal(linear(x * 4, **scaled), linear(x, **args) * 4)
 
 
-@given(seeds, tokens, features, features)
-def test_dynamic_scale_follows_each_token(seed, m, n, k):
+@given(seeds, tokens, features, features, st.sampled_from(["nvfp4", "fp8", "bf16"]))
+def test_dynamic_scale_follows_each_token(seed, m, n, k, compute):
     """Scaling one token by a power of two scales its output and no other's."""
-    layer, x = case(seed, m + 2, n, k, rank=16, bias=False, dynamic=True)
+    layer, x = case(seed, m + 2, n, k, rank=16, bias=False, dynamic=True, compute=compute)
     factor = torch.ones(m + 2, 1, dtype=x.dtype)
     factor[1] = 8
     assert_bits_equal(layer(x * factor), layer(x) * factor)
 
 
-@given(seeds, tokens, features, features, ranks, formats, modes)
-def test_row_slices_compute_slices_of_the_output(seed, m, n, k, rank, format, compute):
+@given(seeds, tokens, features, features, ranks, kinds)
+def test_row_slices_compute_slices_of_the_output(seed, m, n, k, rank, kind):
+    format, compute = kind
     layer, x = case(seed, m, n, k, rank=rank, format=format, compute=compute)
     cut = n // 2
     wide = torch.nn.functional.linear(x.double(), layer.weight, layer.bias)
@@ -142,7 +158,7 @@ def test_row_slices_compute_slices_of_the_output(seed, m, n, k, rank, format, co
         torch.testing.assert_close(part, wide[:, rows], rtol=1e-12, atol=1e-12)
 
 
-@given(seeds, tokens, features, st.sampled_from([32, 48, 80, 128]), ranks, st.sampled_from(FORMATS))
+@given(seeds, tokens, features, st.sampled_from([32, 48, 80, 128]), ranks, formats)
 def test_column_slices_sum_to_the_output(seed, m, n, k, rank, format):
     """With a calibrated activation scale every block is quantised alike in a slice and in the whole."""
     layer, x = case(seed, m, n, k, rank=rank, format=format, bias=False)
@@ -154,23 +170,24 @@ def test_column_slices_sum_to_the_output(seed, m, n, k, rank, format):
     torch.testing.assert_close(parts[0] + parts[1], wide, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("compute", reference.COMPUTE_MODES)
-def test_nan_stays_in_its_row(format, compute):
-    layer, x = case(3, 17, 32, 48, format=format, compute=compute)
+@pytest.mark.parametrize(("format", "compute"), KINDS)
+@pytest.mark.parametrize("m", [17, 130])
+def test_nan_stays_in_its_row(format, compute, m):
+    layer, x = case(3, m, 32, 48, format=format, compute=compute)
     clean = layer(x)
     x[5, 7] = float("nan")
     y = layer(x)
     assert y[5].isnan().all()
-    keep = torch.arange(17) != 5
+    keep = torch.arange(m) != 5
     assert not y[keep].isnan().any()
     assert_bits_equal(y[keep], clean[keep])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_saturation_is_clean(format):
+@pytest.mark.parametrize(("format", "compute"), [kind for kind in KINDS if kind[1] in ("nvfp4", "fp8")])
+def test_saturation_is_clean(format, compute):
     """Activations far beyond the calibrated range saturate; they do not wrap, overflow or turn into NaN."""
-    layer, x = case(4, 5, 32, 48, format=format, rank=0, bias=False)
+    layer, x = case(4, 130, 32, 48, format=format, rank=0, bias=False, compute=compute)
+    x = x + x.sign()
     big, bigger = layer(x * 2**14), layer(x * 2**15)
     assert big.isfinite().all()
     assert_bits_equal(big, bigger)

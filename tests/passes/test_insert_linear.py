@@ -55,7 +55,7 @@ def test_the_rewritten_graph():
         "lora_down",
         "lora_up",
     ]
-    assert node.args[9] == "exact"
+    assert node.args[9] == "auto"
     assert [match.fingerprint.spec for match in report.matched] == [layer.weight.spec]
     assert report.left == ()
 

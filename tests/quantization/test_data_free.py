@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from svdq_compile.dtypes import TORCH_DTYPES
 from svdq_compile.errors import QuantizeError
 from svdq_compile.ops.codec import unpack_codes
-from svdq_compile.ops.reference import dequantize_weight
+from svdq_compile.ops.modelopt import dequantize_weight
 from svdq_compile.quantization.data_free import low_rank_factors, quantize_as_exported, quantize_weight
 from svdq_compile.spec import COMPONENTS, MODEL_DTYPES, Format
 

@@ -1,4 +1,12 @@
-"""Smoothed and quantised NVFP4 activations as a bfloat16 matrix, exactly."""
+"""Activations become GEMM operands: smoothed, quantised, and projected down, in one pass over x.
+
+    x_hat    = x * s                    rounded once to x's dtype
+    operand  = quantize(x_hat)          see OPERANDS
+    partials = x @ (s * L2).T           per slice of K, float32; their sum is the low-rank branch's h
+
+The product with L2 takes s on L2's side, so that x goes from memory to the tensor core untouched; that rounds L2 * s
+where the formula rounds x * s, to the same number of bits.
+"""
 
 import torch
 import triton
@@ -6,29 +14,49 @@ import triton.language as tl
 
 from .fp4 import GROUP, magnitude_bits, round_e2m1, round_e4m3
 
+OPERANDS = ("none", "plain", "nvfp4", "fp8")
+"""none: projections only. plain: x_hat itself. nvfp4: e2m1 code times block scale, exact in 16 bits. fp8:
+e4m3(x_hat / a)."""
+
+TOKEN_RANGE = {"nvfp4": 6.0 * 448.0, "fp8": 448.0}
+"""Largest magnitude an operand can hold, in units of its tensor scale: e2m1's 6 times e4m3's 448, and e4m3's 448."""
+
 
 @triton.jit
-def load_smoothed(x_ptr, s_ptr, row, offs_k, K, stride_xm):
-    """``x * s`` of one token, rounded once to x's dtype; x itself where s_ptr is None.
+def smooth(x, s):
+    """``x * s``, rounded once to x's dtype.
 
     Args:
-        row: int64 scalar.
-        offs_k: int32 [BLOCK_K].
-
-    Returns:
-        x's dtype [BLOCK_K], 0 beyond K.
+        x: 16- or 32-bit float [BLOCK_M, BLOCK_K].
+        s: [BLOCK_K].
     """
-    mask = offs_k < K
-    x = tl.load(x_ptr + row * stride_xm + offs_k, mask=mask, other=0.0)
-    if s_ptr is not None:
-        s = tl.load(s_ptr + offs_k, mask=mask, other=0.0)
-        x = (x.to(tl.float32) * s.to(tl.float32)).to(x.dtype)
-    return x
+    return (x.to(tl.float32) * s.to(tl.float32)[None, :]).to(x.dtype)
 
 
 @triton.jit
-def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, BLOCK_K: tl.constexpr):
-    """``t = amax(x_hat) / (6 * 448)`` of one token; 1 for an all-zero token, NaN for one that holds NaN.
+def nvfp4_values(x_hat, t):
+    """``e2m1(x_hat / (b * t)) * b`` with block scales ``b = e4m3(amax / (6 * t))``; 0 where ``b * t`` is 0.
+
+    Args:
+        x_hat: float32 [BLOCK_M, BLOCK_K], BLOCK_K a multiple of 16.
+        t: tensor scale, float32 [BLOCK_M, 1, 1] or scalar.
+
+    Returns:
+        float32 [BLOCK_M, BLOCK_K] with at most 6 significant bits.
+    """
+    blocks = tl.reshape(x_hat, (x_hat.shape[0], x_hat.shape[1] // 16, 16))
+    amax = tl.max(magnitude_bits(blocks), axis=2, keep_dims=True).to(tl.float32, bitcast=True)
+    # Triton's / is not rounded as IEEE demands, and one ulp decides a tie.
+    scale = round_e4m3(tl.div_rn(amax, tl.broadcast_to(6.0 * t, amax.shape)))
+    step = scale * t
+    quotient = tl.div_rn(blocks, tl.broadcast_to(step, blocks.shape))
+    values = round_e2m1(tl.where(step == 0, 0.0, quotient)) * scale
+    return tl.reshape(values, x_hat.shape)
+
+
+@triton.jit
+def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, TOKEN_RANGE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``t = amax(x_hat) / TOKEN_RANGE`` of one token; 1 for an all-zero token, NaN for one that holds NaN.
 
     Args:
         x_ptr: x [M, K], unit column stride.
@@ -36,99 +64,215 @@ def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, BLOCK_K: tl.constexpr
         t_ptr: t float32 [M].
     """
     row = tl.program_id(0).to(tl.int64)
-    bits = tl.zeros((BLOCK_K,), dtype=tl.int32)
+    bits = tl.zeros((1, BLOCK_K), dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
-        x_hat = load_smoothed(x_ptr, s_ptr, row, start + tl.arange(0, BLOCK_K), K, stride_xm)
+        offs_k = start + tl.arange(0, BLOCK_K)
+        x_hat = tl.load(x_ptr + row * stride_xm + offs_k, mask=offs_k < K, other=0.0)[None, :]
+        if s_ptr is not None:
+            x_hat = smooth(x_hat, tl.load(s_ptr + offs_k, mask=offs_k < K, other=0.0))
         bits = tl.maximum(bits, magnitude_bits(x_hat.to(tl.float32)))
-    amax = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
-    t = tl.div_rn(amax, 2688.0)
+    amax = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+    t = tl.div_rn(amax, TOKEN_RANGE)
     tl.store(t_ptr + row, tl.where(t == 0, 1.0, t))
 
 
 @triton.jit
-def _quantize_kernel(
-    x_ptr, s_ptr, t_ptr, q_ptr, h_ptr, K, stride_xm, stride_tm, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+def _prepare_kernel(
+    x_ptr,
+    s_ptr,
+    t_ptr,
+    down_ptr,
+    operand_ptr,
+    partials_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_tm,
+    OPERAND: tl.constexpr,
+    SCALE_FACTOR: tl.constexpr,
+    WORD_MAJOR: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``e2m1(x_hat / (b * t)) * b`` with block scales ``b = e4m3(amax / (6 * t))``; 0 where ``b * t`` is 0.
+    """Operand and partial down-projection of BLOCK_M tokens and SPLIT_K inputs.
 
     Args:
         x_ptr: x [M, K], unit column stride.
         s_ptr: s [K] or None.
-        t_ptr: t float32, one value (stride_tm 0) or [M] (stride_tm 1).
-        q_ptr: the result, bfloat16 [M, K] contiguous.
-        h_ptr: x_hat, x's dtype [M, K] contiguous, or None to not store it.
+        t_ptr: tensor scale, float32, one value (stride_tm 0) or [M] (stride_tm 1); None for a plain operand.
+        down_ptr: L2 [R, K] contiguous, x's dtype; None without a low-rank branch.
+        operand_ptr: result [M, K] contiguous; None to not store it.
+        partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
+        SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
+        WORD_MAJOR: whether element ``8 * w + n`` of a row goes to ``n * (K / 8) + w``, which :mod:`.gemv` reads.
+        RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
     """
-    tl.static_assert(BLOCK_K % GROUP == 0)
-    row = tl.program_id(0).to(tl.int64)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    x_hat = load_smoothed(x_ptr, s_ptr, row, offs_k, K, stride_xm)  # [BLOCK_K]
-    if h_ptr is not None:
-        tl.store(h_ptr + row * K + offs_k, x_hat, mask=mask_k)
-    t = tl.load(t_ptr + row * stride_tm)
-    blocks = tl.reshape(x_hat.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-    amax = tl.max(magnitude_bits(blocks), axis=1, keep_dims=True).to(tl.float32, bitcast=True)
-    # Triton's / is not rounded as IEEE demands, and one ulp decides a tie.
-    scale = round_e4m3(tl.div_rn(amax, 6.0 * t))  # [BLOCK_K / G, 1]
-    step = scale * t
-    quotient = tl.div_rn(blocks, tl.broadcast_to(step, blocks.shape))
-    values = round_e2m1(tl.where(step == 0, 0.0, quotient)) * scale  # [BLOCK_K / G, G]
-    values = tl.reshape(values, (BLOCK_K,)).to(q_ptr.dtype.element_ty)
-    tl.store(q_ptr + row * K + offs_k, values, mask=mask_k)
+    split = tl.program_id(0)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    row = offs_m.to(tl.int64)
+    if t_ptr is not None:
+        t = tl.load(t_ptr + row * stride_tm, mask=mask_m, other=1.0)
+        reciprocal = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), t * SCALE_FACTOR)
+    offs_r = tl.arange(0, RANK if RANK else 16)
+    h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
+    for start in tl.range(0, SPLIT_K, BLOCK_K, num_stages=STAGES):
+        offs_k = split * SPLIT_K + start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        mask = mask_m[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + row[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+        x_hat = x
+        if s_ptr is not None:
+            s = tl.load(s_ptr + offs_k, mask=mask_k, other=0.0)
+            x_hat = smooth(x, s)
+        if RANK > 0:
+            mask_down = (offs_r < R)[:, None] & mask_k[None, :]
+            down = tl.load(down_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_down, other=0.0)
+            if s_ptr is not None:
+                down = smooth(down, s)
+            h = tl.dot(x, tl.trans(down), h)
+        if operand_ptr is not None:
+            values = x_hat
+            if OPERAND == "fp8":
+                # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
+                values = x_hat.to(tl.float32) * reciprocal[:, None]
+            elif OPERAND == "nvfp4":
+                values = nvfp4_values(x_hat.to(tl.float32), t[:, None, None])
+            values = values.to(operand_ptr.dtype.element_ty)
+            column = offs_k % 8 * (K // 8) + offs_k // 8 if WORD_MAJOR else offs_k
+            tl.store(operand_ptr + row[:, None] * K + column[None, :], values, mask=mask)
+    if RANK > 0:
+        where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
+        tl.store(partials_ptr + where, h, mask=mask_m[:, None] & (offs_r < R)[None, :])
 
 
-BLOCK_K = 1024
-"""One token a program: 8 values for each of 128 threads, so that loads and stores move 16 bytes."""
+TOKEN_SCALE_BLOCK = 1024
+"""Columns a step of the kernel that finds a token's scale takes."""
 
 
-def quantize_nvfp4(
-    x: torch.Tensor, pre_quant_scale: torch.Tensor | None, input_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``x_hat = x * s`` and its NVFP4 value ``code * block scale``, without the tensor scale.
+def padded_rank(rank: int) -> int:
+    """The rank as tl.dot takes it: a power of two of at least 16; 0 stays 0."""
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
+
+
+def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
+    """Constants of the kernel and its ``num_warps``.
+
+    A few tokens: many small programs, one step each, because latency is all there is. More: few slices of K, because
+    every tile of the GEMM reads all partials. Many: enough bytes in flight as well. ``nvfp4`` is bound by arithmetic
+    and wants more programs instead.
+    """
+    if m <= 4:
+        return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
+    split = 1536 if k <= 4096 else 3072
+    if operand == "nvfp4":
+        split //= 3
+    if m < 1024:
+        block_m = 16 if m <= 64 else 32
+        stages = 3 if rank <= 128 else 2
+        return {"SPLIT_K": max(256, split // 2), "BLOCK_M": block_m, "BLOCK_K": 128, "STAGES": stages, "num_warps": 4}
+    warps = 4 if rank <= 64 else 8
+    return {"SPLIT_K": split, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+
+
+def prepare(
+    x: torch.Tensor,
+    pre_quant_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    lora_down: torch.Tensor | None,
+    operand: str,
+    scale_factor: float = 1.0,
+    config: dict[str, int] | None = None,
+    *,
+    word_major: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The GEMM operand of x, its tensor scale, and the partial down-projections.
 
     Args:
-        x: bfloat16, float16 or float32 [M, K], K a multiple of 16, any strides; copied first unless its rows
-            are contiguous.
+        x: bfloat16 or float16 [M, K], any strides; copied first unless its rows are contiguous. Without
+            ``lora_down`` also float32.
         pre_quant_scale: s [K], or None for no smoothing.
-        input_scale: t, float32 with one element, or None for ``amax / (6 * 448)`` per token.
+        input_scale: t, float32 with one element, or None for ``amax / TOKEN_RANGE`` per token. Unused by ``plain``
+            and ``none``.
+        lora_down: L2 [R, K] in x's dtype, or None.
+        operand: one of :data:`OPERANDS`.
+        scale_factor: ``fp8`` divides by ``a = scale_factor * t``. Only with an ``input_scale``.
+        config: what :func:`configuration` returns, to override it.
+        word_major: writes each row as [8, K/8]: element ``8 * w + n`` at ``n * (K / 8) + w``.
 
     Returns:
-        x_q bfloat16 [M, K], exact (at most 6 significant bits); t, the one given or float32 [M, 1]; x_hat
-        [M, K] in x's dtype, without smoothing x itself.
+        The operand [M, K], contiguous: float8_e4m3fn for ``fp8``, else x's 16-bit dtype (bfloat16 for float32); None
+        for ``none``. t: the one given, float32 [M, 1], or None for ``plain`` and ``none``.
+        Partials float32 [S, M, R] or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
     m, k = x.shape
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"x is {x.dtype}, needs bfloat16, float16 or float32")
+    check(x, pre_quant_scale, input_scale, lora_down, operand)
+    rank = 0 if lora_down is None else lora_down.shape[0]
+    chosen = dict(config or configuration(m, k, rank, operand))
+    warps, split = chosen.pop("num_warps"), chosen["SPLIT_K"]
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
+    splits = triton.cdiv(k, split)
+    partials = torch.empty(splits, m, rank, dtype=torch.float32, device=x.device) if rank else None
+    as_is = operand == "none" or (
+        operand == "plain" and pre_quant_scale is None and x.is_contiguous() and not word_major
+    )
+    narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    dtype = torch.float8_e4m3fn if operand == "fp8" else x.dtype if operand == "plain" else narrow
+    result = x if as_is else torch.empty(m, k, dtype=dtype, device=x.device)
+    scaled = operand in TOKEN_RANGE
+    t = input_scale if scaled else None
+    dynamic = scaled and input_scale is None
+    with torch.cuda.device_of(x):
+        if dynamic:
+            t = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+            if m:
+                _token_scale_kernel[(m,)](
+                    x, pre_quant_scale, t, k, x.stride(0), TOKEN_RANGE=TOKEN_RANGE[operand], BLOCK_K=TOKEN_SCALE_BLOCK
+                )
+        if m and k and not (as_is and not rank):
+            _prepare_kernel[(splits, triton.cdiv(m, chosen["BLOCK_M"]))](
+                x,
+                pre_quant_scale,
+                t,
+                lora_down.contiguous() if rank else None,
+                None if as_is else result,
+                partials,
+                m,
+                k,
+                rank,
+                x.stride(0),
+                int(dynamic),
+                OPERAND=operand,
+                SCALE_FACTOR=1.0 if dynamic else scale_factor,
+                WORD_MAJOR=word_major,
+                RANK=padded_rank(rank),
+                num_warps=warps,
+                **chosen,
+            )
+    return None if operand == "none" else result, t, partials
+
+
+def check(x, pre_quant_scale, input_scale, lora_down, operand) -> None:
+    """Raises ValueError unless the arguments of :func:`prepare` fit together."""
+    k = x.shape[1]
+    if operand not in OPERANDS:
+        raise ValueError(f"operand={operand!r}, needs one of {OPERANDS}")
+    if x.dtype not in (torch.bfloat16, torch.float16) and not (x.dtype == torch.float32 and lora_down is None):
+        raise ValueError(f"x is {x.dtype}, needs bfloat16 or float16, or float32 without lora_down")
     if k % GROUP:
         raise ValueError(f"x has {k} columns, needs a multiple of {GROUP}")
     if pre_quant_scale is not None and tuple(pre_quant_scale.shape) != (k,):
         raise ValueError(f"pre_quant_scale is {tuple(pre_quant_scale.shape)}, needs ({k},)")
     if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.numel() != 1):
         raise ValueError(f"input_scale is {input_scale.dtype}, {input_scale.numel()} values, needs one float32")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if pre_quant_scale is not None:
-        pre_quant_scale = pre_quant_scale.contiguous()
-    x_q = torch.empty(m, k, dtype=torch.bfloat16, device=x.device)
-    x_hat = None if pre_quant_scale is None else torch.empty_like(x_q, dtype=x.dtype)
-    t = torch.empty(m, 1, dtype=torch.float32, device=x.device) if input_scale is None else input_scale
-    if x_q.numel():
-        with torch.cuda.device_of(x):
-            if input_scale is None:
-                _token_scale_kernel[(m,)](x, pre_quant_scale, t, k, x.stride(0), BLOCK_K=BLOCK_K)
-            _quantize_kernel[(m, triton.cdiv(k, BLOCK_K))](
-                x,
-                pre_quant_scale,
-                t,
-                x_q,
-                x_hat,
-                k,
-                x.stride(0),
-                1 if input_scale is None else 0,
-                GROUP=GROUP,
-                BLOCK_K=BLOCK_K,
-            )
-    return x_q, t, x if x_hat is None else x_hat
+    if lora_down is not None and (lora_down.shape[1:] != (k,) or lora_down.dtype != x.dtype):
+        raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {x.dtype} (R, {k})")

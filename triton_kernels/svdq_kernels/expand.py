@@ -1,4 +1,4 @@
-"""Packed NVFP4 weights as a bfloat16 matrix, exactly."""
+"""Packed NVFP4 weights as a dense GEMM operand."""
 
 import torch
 import triton
@@ -6,34 +6,58 @@ import triton.language as tl
 
 from .fp4 import GROUP, decode_e4m3, unpack_e2m1
 
+E4M3_DIVISOR = 8.0
+"""The power of two that brings the largest product, e2m1's 6 times e4m3's 448, below e4m3's 448."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+
 
 @triton.jit
-def _expand_kernel(qweight_ptr, scale_ptr, out_ptr, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
-    """``out = code * block scale`` of BLOCK_G consecutive blocks; all three tensors are contiguous."""
+def _expand_kernel(
+    qweight_ptr,
+    scale_ptr,
+    out_ptr,
+    num_groups,
+    DIVISOR: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """``out = code * block scale / DIVISOR`` of BLOCK_G consecutive blocks; all three tensors are contiguous."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_G
     offs_g = tl.arange(0, BLOCK_G)
     mask_g = offs_g < num_groups - first
     offs_b = offs_g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]  # [BLOCK_G, G / 2]
     offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [BLOCK_G, G]
     packed = tl.load(qweight_ptr + first * (GROUP // 2) + offs_b, mask=mask_g[:, None], other=0)
-    scale = tl.load(scale_ptr + first + offs_g, mask=mask_g, other=0)
-    values = unpack_e2m1(packed) * decode_e4m3(scale)[:, None]
+    scale = tl.load(scale_ptr + first + offs_g, mask=mask_g, other=0.0).to(tl.uint8, bitcast=True)
+    values = unpack_e2m1(packed) * (decode_e4m3(scale) * (1.0 / DIVISOR))[:, None]
     tl.store(out_ptr + first * GROUP + offs_k, values.to(out_ptr.dtype.element_ty), mask=mask_g[:, None])
 
 
-BLOCK_G, NUM_WARPS = 128, 8
-"""4 packed bytes a thread, so that it stores 16 bytes at once and no data crosses threads."""
+BLOCK_G, NUM_WARPS = 128, 4
+"""4 packed bytes a thread, so that it stores 16 bytes of bfloat16 at once and no data crosses threads."""
 
 
-def expand_nvfp4(qweight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """``code * block scale``, without the tensor scale: at most 6 significant bits, so exact in bfloat16.
+def divisor(dtype: torch.dtype) -> float:
+    """What an expanded weight of a dtype is to be multiplied with: 8 for e4m3, 1 for 16 bits."""
+    return E4M3_DIVISOR if dtype == torch.float8_e4m3fn else 1.0
+
+
+def expand_nvfp4(
+    qweight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """``code * block scale``, without the tensor scale.
+
+    At most 6 significant bits and between 2**-10 and 2688, so exact in bfloat16 and float16. In float8_e4m3fn it is
+    divided by 8 and rounded to nearest.
 
     Args:
         qweight: packed codes uint8 [N, K/2], even column in the low nibble.
         weight_scale: float8_e4m3fn [N, K/16].
+        dtype: bfloat16, float16, or float8_e4m3fn (sm_89 and later).
 
     Returns:
-        bfloat16 [N, K], contiguous.
+        dtype [N, K], contiguous.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -43,7 +67,9 @@ def expand_nvfp4(qweight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Ten
         raise ValueError(f"dtypes {qweight.dtype} and {weight_scale.dtype}, needs uint8 and float8_e4m3fn")
     if half_k % 8 or tuple(weight_scale.shape) != (n, half_k // 8):
         raise ValueError(f"weight_scale {tuple(weight_scale.shape)} does not fit {tuple(qweight.shape)} codes")
-    out = torch.empty(n, 2 * half_k, dtype=torch.bfloat16, device=qweight.device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}, needs one of {DTYPES}")
+    out = torch.empty(n, 2 * half_k, dtype=dtype, device=qweight.device)
     num_groups = weight_scale.numel()
     if num_groups:
         # Bits rather than e4m3 values: Triton has no e4m3 loads below sm_89.
@@ -54,6 +80,7 @@ def expand_nvfp4(qweight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Ten
                 scale_bits,
                 out,
                 num_groups,
+                DIVISOR=divisor(dtype),
                 GROUP=GROUP,
                 BLOCK_G=BLOCK_G,
                 num_warps=NUM_WARPS,

@@ -69,6 +69,23 @@ def decode_e4m3(codes):
 
 
 @triton.jit
+def encode_e4m3(a):
+    """Bits of e4m3 values, the inverse of :func:`decode_e4m3`; every NaN becomes 0x7F.
+
+    Args:
+        a: float32, any shape, not negative, each an e4m3 value as :func:`round_e4m3` returns them.
+
+    Returns:
+        uint8, same shape.
+    """
+    normal = (a.to(tl.int32, bitcast=True) >> 20) - 960
+    subnormal = (a * 512.0).to(tl.int32)
+    # Comparing so that NaN takes the last branch.
+    magnitude = tl.where(a < 0.015625, subnormal, tl.where(a <= 448.0, normal, 0x7F))
+    return magnitude.to(tl.uint8)
+
+
+@triton.jit
 def round_e2m1(values):
     """Nearest e2m1 value, ties to the even code, saturating at 6; NaN becomes 0. The sign bit is kept.
 

@@ -1,0 +1,125 @@
+"""The GEMM of a linear in Inductor's graph, one function per kernel a plan can name."""
+
+from __future__ import annotations
+
+from .. import _compat
+from .._compat import ir
+from . import launch, operands, scaled_mm, templates
+from .call import Call
+
+
+def dense(call: Call) -> ir.TensorBox:
+    """y [M, N] by the template on dense operands."""
+    from svdq_kernels import dense as kernels
+
+    x, scale_a, partials = operands.prepare(call, call.plan.operand)
+    w, scale_b, factor_b = operands.weight(call, x.get_dtype())
+    present = _optional(call, scale_a, partials)
+    tma = kernels.uses_tma(call.capability)
+    constants = {
+        **_constants(call, scale_a, partials),
+        "FACTOR_A": call.factor_a,
+        "FACTOR_B": factor_b,
+        "CHUNK": kernels.rank_chunk(call.rank),
+        "TMA": tma,
+    }
+    configs = kernels.configurations(call.hint, call.out_features, x.get_dtype().itemsize, call.capability)
+    extern = None
+    if not _compat.tunes_gemms():
+        configs = configs[:1]
+    elif call.plan.operand == "fp8" and not call.dynamic:
+        extern = scaled_mm.CHOICE
+    return _compat.template_call(
+        templates.dense(tuple(present), tma),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
+        call.layout,
+        [{**constants, **config} for config in configs],
+        extern,
+        {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
+    )
+
+
+def blockscaled(call: Call) -> ir.TensorBox:
+    """y [M, N] by the template for block-scaled tensor cores."""
+    from svdq_kernels import blockscaled as kernels
+
+    codes, scale, t = operands.quantize_packed(call)
+    _, _, partials = operands.prepare(call, "none")
+    present = _optional(call, t, partials)
+    block_m, block_n, block_k, warps, stages = kernels.NATIVE_TILES[call.capability]
+    constants = {
+        **_constants(call, t, partials),
+        "CHUNK": kernels.block_r(call.rank),
+        "EVEN_K": call.in_features % block_k == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": kernels.GROUP_M,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    weight = (launch.contiguous(call.qweight), operands.block_scale(call))
+    inputs = (codes, scale, *weight, call.weight_scale_2, *present.values())
+    return _compat.template_call(
+        templates.blockscaled(tuple(present)),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in inputs],
+        call.layout,
+        [constants],
+    )
+
+
+def gemv(call: Call) -> ir.TensorBox:
+    """y [M, N] of a few tokens by the template that reads the packed weight."""
+    from svdq_kernels import gemv as kernels
+
+    x, t, partials = operands.prepare(call, call.plan.operand, word_major=True)
+    present = _optional(call, t, partials)
+    constants = {
+        **_constants(call, t, partials),
+        "EVEN_W": call.in_features // 8 % kernels.BLOCK_W == 0,
+        "TOKENS": _power_of_two(call.hint),
+        "SPLITS_PADDED": _power_of_two(int(partials.get_size()[0]) if call.rank else 1),
+        "BLOCK_N": kernels.BLOCK_N,
+        "BLOCK_W": kernels.BLOCK_W,
+        "num_warps": kernels.NUM_WARPS,
+        "num_stages": 1,
+    }
+    inputs = (x, launch.contiguous(call.qweight), operands.block_scale(call), call.weight_scale_2, *present.values())
+    return _compat.template_call(
+        templates.gemv(tuple(present)),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in inputs],
+        call.layout,
+        [constants],
+    )
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+def _optional(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, ir.TensorBox]:
+    """The optional inputs that are there, by name."""
+    up = launch.contiguous(call.lora_up) if call.rank else None
+    bias = None if call.bias is None else launch.contiguous(call.bias)
+    every = zip(templates.OPTIONAL, (scale_a, partials, up, bias), strict=True)
+    return {name: tensor for name, tensor in every if tensor is not None}
+
+
+def _constants(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, object]:
+    """Constants every template takes."""
+    from svdq_kernels.dense import multiprocessors
+
+    return {
+        "PER_TOKEN": scale_a is not None and call.dynamic,
+        "RANK": call.rank,
+        "SPLITS": int(partials.get_size()[0]) if call.rank else 1,
+        "PROGRAMS": multiprocessors(call.device),
+    }
+
+
+KERNELS = {"dense": dense, "blockscaled": blockscaled, "gemv": gemv}
+"""Kernel of a plan -> its lowering."""

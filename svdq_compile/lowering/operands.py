@@ -1,0 +1,133 @@
+"""GEMM operands in Inductor's graph: what ``svdq_kernels.activation``, ``packed`` and ``expand`` compute, as nodes."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _compat
+from .._compat import ir
+from . import launch
+from .call import Call
+
+Tensor = ir.TensorBox
+
+
+def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Operand, tensor scale and partial down-projections; as :func:`svdq_kernels.activation.prepare`."""
+    from svdq_kernels import activation as kernels
+
+    m, k = call.tokens, call.in_features
+    x, s = _activation(call)
+    config = kernels.configuration(call.hint, k, call.rank, operand)
+    warps = config.pop("num_warps")
+    splits = -(-k // config["SPLIT_K"])
+    partials = launch.empty([splits, m, call.rank], torch.float32, call.device) if call.rank else None
+    scaled = operand in kernels.TOKEN_RANGE
+    t = _token_scale(call, operand, x, s) if scaled else None
+    as_is = operand == "none" or (operand == "plain" and s is None and x.get_stride()[0] == k and not word_major)
+    dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
+    result = x if as_is else launch.empty([m, k], dtype, call.device)
+    if not as_is or call.rank:
+        arguments = {
+            "x_ptr": x,
+            "s_ptr": s,
+            "t_ptr": t,
+            "down_ptr": launch.contiguous(call.lora_down) if call.rank else None,
+            "operand_ptr": None if as_is else result,
+            "partials_ptr": partials,
+            "M": m,
+            "K": k,
+            "R": call.rank,
+            "stride_xm": x.get_stride()[0],
+            "stride_tm": int(scaled and call.dynamic),
+            "OPERAND": operand,
+            "SCALE_FACTOR": call.factor_a,
+            "WORD_MAJOR": word_major,
+            "RANK": kernels.padded_rank(call.rank),
+            **config,
+        }
+        grid = [splits, _compat.ceildiv(m, config["BLOCK_M"]), 1]
+        launch.launch(kernels._prepare_kernel, grid, arguments, warps)
+    return None if operand == "none" else result, t, partials
+
+
+def quantize_packed(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, block scales and tensor scale; as :func:`svdq_kernels.packed.quantize_nvfp4_packed`."""
+    from svdq_kernels import packed as kernels
+
+    m, k = call.tokens, call.in_features
+    x, s = _activation(call)
+    codes = launch.empty([m, k // 2], torch.uint8, call.device)
+    scale = launch.empty([m, k // kernels.GROUP], torch.uint8, call.device)
+    t = launch.empty([m, 1], torch.float32, call.device) if call.dynamic else launch.stored(call.input_scale)
+    span = k if call.dynamic else kernels.BLOCK_K
+    arguments = {
+        "x_ptr": x,
+        "s_ptr": s,
+        "t_ptr": t,
+        "q_ptr": codes,
+        "scale_ptr": scale,
+        "K": k,
+        "SPAN": span,
+        "stride_xm": x.get_stride()[0],
+        "DYNAMIC": call.dynamic,
+        "GROUP": kernels.GROUP,
+        "BLOCK_K": kernels.BLOCK_K,
+    }
+    launch.launch(kernels._quantize_packed_kernel, [m, -(-k // span), 1], arguments)
+    return codes, scale, t
+
+
+def weight(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The dense weight [N, K] of a dtype, its tensor scale, and what the scale is to be multiplied with."""
+    from svdq_kernels import expand as kernels
+
+    n, k = call.out_features, call.in_features
+    if not call.packed:
+        stored = launch.contiguous(call.qweight)
+        if dtype != torch.float8_e4m3fn:
+            stored = launch.stored(_compat.lowerings[torch.ops.prims.convert_element_type.default](stored, dtype))
+        return stored, launch.stored(call.weight_scale), 1.0
+    dense = launch.empty([n, k], dtype, call.device)
+    groups = n * k // kernels.GROUP
+    arguments = {
+        "qweight_ptr": launch.contiguous(call.qweight),
+        "scale_ptr": block_scale(call),
+        "out_ptr": dense,
+        "num_groups": groups,
+        "DIVISOR": kernels.divisor(dtype),
+        "GROUP": kernels.GROUP,
+        "BLOCK_G": kernels.BLOCK_G,
+    }
+    launch.launch(kernels._expand_kernel, [-(-groups // kernels.BLOCK_G), 1, 1], arguments, kernels.NUM_WARPS)
+    return dense, launch.stored(call.weight_scale_2), kernels.divisor(dtype)
+
+
+def block_scale(call: Call) -> Tensor:
+    """The weight's block scales as kernels take them: below sm_89 Triton has no e4m3, and they are read as bits."""
+    scale = launch.contiguous(call.weight_scale)
+    return launch.with_dtype(scale, torch.uint8) if call.capability < (8, 9) else scale
+
+
+def _activation(call: Call) -> tuple[Tensor, Tensor | None]:
+    x = launch.contiguous_rows(launch.reshape(call.x, [call.tokens, call.in_features]))
+    return x, None if call.pre_quant_scale is None else launch.contiguous(call.pre_quant_scale)
+
+
+def _token_scale(call: Call, operand: str, x: Tensor, s: Tensor | None) -> Tensor:
+    from svdq_kernels import activation as kernels
+
+    if not call.dynamic:
+        return launch.stored(call.input_scale)
+    t = launch.empty([call.tokens, 1], torch.float32, call.device)
+    arguments = {
+        "x_ptr": x,
+        "s_ptr": s,
+        "t_ptr": t,
+        "K": call.in_features,
+        "stride_xm": x.get_stride()[0],
+        "TOKEN_RANGE": kernels.TOKEN_RANGE[operand],
+        "BLOCK_K": kernels.TOKEN_SCALE_BLOCK,
+    }
+    launch.launch(kernels._token_scale_kernel, [call.tokens, 1, 1], arguments)
+    return t

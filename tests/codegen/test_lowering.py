@@ -1,0 +1,180 @@
+"""The code Inductor generates for quantised linears, on GPUs that need not be there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from svdq_compile.errors import StrictError
+from svdq_compile.spec import Format
+from svdq_compile.testing.fake_gpu import compile_on_fake_gpu, fake_gpu
+from svdq_compile.testing.generated import compile_kernel, kernels, launches
+from svdq_compile.testing.ptx import CUOBJDUMP, spills
+from svdq_compile.testing.weights import random_linear
+
+CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
+MMA = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma", (12, 0): "mma.sync"}
+
+SPILLED_BYTES = {(9, 0): 512}
+"""A thread of the 128 x 256 tile holds 128 sums; GELU on them, once a tile, may borrow local memory."""
+
+DENSE = ["_prepare_kernel", "_expand_kernel", "triton_tem"]
+EXPANDED = ["_prepare_kernel", "triton_tem"]
+BLOCKSCALED = ["_quantize_packed_kernel", "_prepare_kernel", "triton_tem"]
+
+
+LAUNCHES_OF_A_BLOCK = 57
+"""12 linears of three kernels each, 2 of two, attention, complex products, and what Inductor fuses."""
+
+
+class MLP(nn.Module):
+    """What follows the linears in a transformer block: GELU, and gate * y + residual."""
+
+    def __init__(self, mode, **options):
+        super().__init__()
+        self.up = random_linear(512, 256, compute=mode, **options)
+        self.down = random_linear(256, 512, compute=mode, **options)
+
+    def forward(self, x, gate):
+        return x + gate * self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def inputs(tokens=600, dtype=torch.bfloat16):
+    return torch.randn(1, tokens, 256, dtype=dtype), torch.randn(1, 1, 256, dtype=dtype)
+
+
+def stems(code):
+    """Launches without the numbers and operator names Inductor appends."""
+    return ["triton_tem" if name.startswith("triton_tem") else name.rpartition("_")[0] for name in launches(code)]
+
+
+def templates(code):
+    return [kernel for kernel in kernels(code) if kernel.name.startswith("triton_tem")]
+
+
+def generate(module, arguments, capability=(9, 0), **options):
+    with fake_gpu(capability):
+        return compile_on_fake_gpu(module, arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "mode", "expected"),
+    [
+        ((8, 0), "bf16", DENSE),
+        ((8, 0), "nvfp4", DENSE),
+        ((9, 0), "fp8", DENSE),
+        ((9, 0), "nvfp4", DENSE),
+        ((9, 0), "auto", DENSE),
+        ((10, 0), "nvfp4", BLOCKSCALED),
+        ((12, 0), "auto", BLOCKSCALED),
+    ],
+)
+def test_three_launches_a_linear_and_nothing_between(capability, mode, expected):
+    code = generate(MLP(mode), inputs(), capability)
+    assert stems(code) == 2 * expected
+    first, second = templates(code)
+    assert "gelu" in first.name
+    assert "add" in second.name
+    assert "mul" in second.name
+    for kernel in (first, second):
+        (compiled,) = compile_kernel(kernel.source, kernel.name, capability)
+        assert MMA[capability] in compiled.asm["ptx"]
+        if expected is BLOCKSCALED:
+            assert "kind::mxf4nvf4" in compiled.asm["ptx"]
+        if CUOBJDUMP.exists():
+            assert spills(compiled) <= SPILLED_BYTES.get(capability, 0)
+
+
+@pytest.mark.parametrize("mode", ["fp8", "nvfp4", "bf16"])
+def test_few_tokens_read_the_packed_weight(mode):
+    code = generate(MLP(mode), inputs(1))
+    assert stems(code) == 2 * ["_prepare_kernel", "triton_tem"]
+    for kernel in templates(code):
+        (compiled,) = compile_kernel(kernel.source, kernel.name, (9, 0))
+        assert "matrix_vector" in kernel.source
+        if CUOBJDUMP.exists():
+            assert spills(compiled) == 0
+
+
+def test_an_expanded_weight_needs_no_unpacking():
+    code = generate(MLP("fp8", format=Format.FP8_SVD), inputs())
+    assert stems(code) == 2 * EXPANDED
+
+
+@pytest.mark.parametrize("mode", ["fp8", "nvfp4"])
+def test_a_dynamic_scale_is_one_launch_more(mode):
+    code = generate(MLP(mode, dynamic=True), inputs())
+    assert stems(code) == 2 * ["_token_scale_kernel", *DENSE]
+
+
+def test_without_smoothing_and_low_rank_x_is_the_operand():
+    code = generate(MLP("bf16", format=Format.NVFP4), inputs())
+    assert stems(code) == 2 * ["_expand_kernel", "triton_tem"]
+
+
+@pytest.mark.parametrize("mode", ["fp8", "nvfp4"])
+def test_a_symbolic_number_of_tokens_stays_one(mode):
+    code = generate(MLP(mode), inputs(), dynamic=True)
+    assert stems(code) == 2 * DENSE
+    assert all("ks0" in kernel.source for kernel in templates(code))
+
+
+def test_a_slice_of_tokens_is_not_copied():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = random_linear(256, 256, compute="fp8")
+
+        def forward(self, x):
+            return self.layer(x[:, 8:])
+
+    assert stems(generate(Sliced(), inputs()[:1])) == DENSE
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("modelopt", torch.bfloat16), ("fp8", torch.float32)])
+def test_what_no_kernel_takes_stays_the_operator(mode, dtype):
+    code = generate(MLP(mode), inputs(dtype=dtype))
+    assert launches(code).count("torch.ops.svdq.linear.default") == 2
+    with pytest.raises(Exception, match="slower path") as caught:
+        generate(MLP(mode), inputs(dtype=dtype), options={"strict": True})
+    assert isinstance(caught.value, StrictError) or isinstance(caught.value.inner_exception, StrictError)
+
+
+def test_strict_accepts_the_kernels():
+    assert stems(generate(MLP("auto"), inputs(), options={"strict": True})) == 2 * DENSE
+
+
+def test_a_mode_may_be_an_option():
+    code = generate(MLP("auto"), inputs(), options={"compute": "bf16"})
+    assert "fp8e4nv" not in "".join(kernel.source for kernel in templates(code))
+
+
+def test_under_inductor_alone_the_operator_stays_opaque():
+    code = generate(MLP("fp8"), inputs(), backend="inductor")
+    assert launches(code).count("torch.ops.svdq.linear.default") == 2
+
+
+def test_a_transformer_block():
+    """Each quantised linear is one template, and no other matrix product is left but attention's."""
+    from svdq_compile.testing.checkpoints import SMALL
+    from svdq_compile.testing.random_model import random_transformer
+
+    config = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
+    model = random_transformer(config, recipe="all", blocks_kept=0, rank=16, compute="fp8")
+    block = model.transformer_blocks[0]
+    arguments = {
+        "hidden_states": torch.randn(1, 400, 128, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 136, 128, dtype=torch.bfloat16),
+        "encoder_hidden_states_mask": None,
+        "temb": torch.randn(1, 128, dtype=torch.bfloat16),
+        "image_rotary_emb": (
+            torch.polar(torch.ones(400, 32), torch.rand(400, 32)),
+            torch.polar(torch.ones(136, 32), torch.rand(136, 32)),
+        ),
+    }
+    code = generate(block, arguments)
+    names = launches(code)
+    assert sum(name.startswith("triton_tem") for name in names) == 14
+    assert not any("extern_kernels" in name for name in names)
+    assert "torch.ops.svdq.linear.default" not in names
+    assert len(names) == LAUNCHES_OF_A_BLOCK

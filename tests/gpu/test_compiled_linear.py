@@ -1,0 +1,154 @@
+"""Compiled modules on a GPU: our kernels with Inductor's epilogues, against float64 and against eager code."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+
+from svdq_compile.ops import reference
+from svdq_compile.ops.linear import linear_reference
+from svdq_compile.spec import COMPONENTS, Format
+from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
+from svdq_compile.testing.weights import random_linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+MODES = ("nvfp4", "fp8", "bf16")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Gated(nn.Module):
+    """``residual + gate * gelu(linear(x))``: everything Inductor fuses behind a linear of a transformer block."""
+
+    def __init__(self, mode, **options):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer = random_linear(320, 272, compute=mode, generator=generator, **options)
+
+    def forward(self, x, gate, residual):
+        return residual + gate * F.gelu(self.layer(x), approximate="tanh")
+
+    def formula(self, x, gate, residual, wide):
+        """The same with sums in a wide dtype of the operands that x's dtype is quantised to."""
+        w = self.layer.weight
+        x_hat = reference.smooth(x, w.pre_quant_scale).to(wide)
+        parts = [None if n == "pre_quant_scale" else getattr(w, n) for n in COMPONENTS]
+        y = linear_reference(x_hat, *parts, self.layer.bias, w.operator_compute)
+        return residual.to(wide) + gate.to(wide) * F.gelu(y, approximate="tanh")
+
+
+def inputs(tokens=300, batch=2):
+    g = torch.Generator().manual_seed(1)
+    sizes = (batch, tokens, 272), (batch, 1, 320), (batch, tokens, 320)
+    return tuple(torch.randn(size, generator=g).to(torch.bfloat16).cuda() for size in sizes)
+
+
+def assert_right(module, actual, arguments):
+    oracle = module.formula(*arguments, torch.float64)
+    assert_within_budget(actual, oracle, low_precision=module(*arguments))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"rank": 48}, {"bias": False, "smooth": False}], ids=str)
+def test_one_template_with_its_epilogue(mode, options):
+    module, arguments = Gated(mode, **options).cuda(), inputs()
+    compiled = torch.compile(module, backend="svdq", fullgraph=True)
+    with torch.no_grad():
+        actual, codes = run_and_get_code(compiled, *arguments)
+        assert_right(module, actual, arguments)
+    (code,) = codes
+    assert code.count("def triton_tem_") == 1
+    assert "extern_kernels." not in code
+
+
+@pytest.mark.parametrize("format", [Format.NVFP4, Format.FP8, Format.FP8_SVD], ids=str)
+def test_other_formats(format):
+    module, arguments = Gated("fp8", format=format).cuda(), inputs()
+    with torch.no_grad():
+        assert_right(module, torch.compile(module, backend="svdq")(*arguments), arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_tokens_with_three_graphs(mode):
+    module = Gated(mode).cuda()
+    compiled = torch.compile(module, backend="svdq", dynamic=True)
+    with torch.no_grad():
+        for tokens in (300, 129, 17, 1000, 2, 1):
+            arguments = inputs(tokens, batch=1)
+            assert_right(module, compiled(*arguments), arguments)
+    # Up to 4 tokens are another graph, and one token is: sizes of 1 are never symbolic.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_a_slice_of_x():
+    module = Gated("fp8").cuda()
+    x, gate, residual = inputs()
+    compiled = torch.compile(lambda x: module(x[:, 3:], gate, residual[:, 3:]), backend="svdq")
+    with torch.no_grad():
+        assert_right(module, compiled(x), (x[:, 3:], gate, residual[:, 3:]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_graphs_change_no_bit(mode):
+    module = Gated(mode).cuda()
+    plain = torch.compile(module, backend="svdq")
+    with torch.no_grad():
+        expected = [plain(*inputs(tokens)).clone() for tokens in (300, 40)]
+        torch._dynamo.reset()
+        captured = torch.compile(module, backend="svdq", mode="reduce-overhead")
+        for _ in range(4):
+            for tokens, wanted in zip((300, 40), expected):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert_bits_equal(captured(*inputs(tokens)).clone(), wanted)
+
+
+def test_max_autotune():
+    module, arguments = Gated("fp8").cuda(), inputs(1000)
+    compiled = torch.compile(module, backend="svdq", mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        assert_right(module, compiled(*arguments), arguments)
+
+
+def test_strict_accepts_the_device():
+    module, arguments = Gated("auto").cuda(), inputs()
+    with torch.no_grad():
+        torch.compile(module, backend="svdq", options={"strict": True})(*arguments)
+
+
+def test_a_real_block():
+    """A double-stream block of the released size, compiled as one region."""
+    from diffusers import QwenImageTransformer2DModel  # noqa: F401
+
+    from svdq_compile.testing.checkpoints import QWEN_IMAGE, example_inputs
+    from svdq_compile.testing.random_model import random_transformer
+
+    config = QWEN_IMAGE | {"num_layers": 1}
+    model = random_transformer(config, recipe="all", blocks_kept=0, device="cuda", compute="fp8")
+    with torch.no_grad():
+        arguments = example_inputs(model, height=64, width=64, text=136, device="cuda")
+        eager = model(**arguments)[0]
+        exact = _with_compute(model, "bf16")(**arguments)[0]
+        _with_compute(model, "fp8").compile_repeated_blocks(backend="svdq", fullgraph=True)
+        compiled, codes = run_and_get_code(lambda: model(**arguments)[0])
+    (code,) = codes
+    assert code.count(".run(") >= 14
+    assert sum(line.strip().startswith("triton_tem_") for line in code.splitlines() if ".run(" in line) == 14
+    print("launches of the block:", sum(".run(" in line for line in code.splitlines()))
+    # Both round differently; neither may be farther from the unquantised activations than twice the other.
+    error = (eager - exact).float().norm()
+    assert (compiled - exact).float().norm() <= 2 * error
+
+
+def _with_compute(model, mode):
+    from svdq_compile import set_compute
+
+    set_compute(model, mode)
+    return model

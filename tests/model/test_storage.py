@@ -1,0 +1,154 @@
+"""``storage="expanded"`` on the way from files to models, and on the way back."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+import svdq_compile
+from svdq_compile.errors import SaveError, StorageError
+from svdq_compile.model.load import quantised_linears
+from svdq_compile.model.resident import resident
+from svdq_compile.ops.modes import FP8_MIN_TOKENS
+from svdq_compile.ops.storage import expand
+from svdq_compile.spec import Format
+from svdq_compile.testing.checkpoints import SMALL, example_inputs, write_checkpoint
+from svdq_compile.testing.compare import differing
+from svdq_compile.testing.oracle import assert_bits_equal
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """NVFP4_SVD and NVFP4 linears."""
+    return write_checkpoint(tmp_path_factory.mktemp("mixed"), config=SMALL, recipe="mixed", blocks_kept=1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(**SMALL).bfloat16().eval()
+
+
+def run(model):
+    return model(**example_inputs(model))[0]
+
+
+def assert_linears_agree(left, right):
+    """The same bits from each pair of quantised linears for as many tokens as fp8 quantises.
+
+    Whole models differ: a block's modulation has one token, of which fp8 makes bf16, and for that a packed weight has
+    its codes and an expanded one has not.
+    """
+    pairs = zip(quantised_linears(left).values(), quantised_linears(right).values(), strict=True)
+    for a, b in pairs:
+        x = torch.randn(FP8_MIN_TOKENS, a.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert_bits_equal(a(x), b(x))
+
+
+def test_loading_expanded_is_loading_and_expanding(folder):
+    packed = svdq_compile.load_transformer(folder)
+    expanded = svdq_compile.load_transformer(folder, storage="expanded")
+    assert {module.weight.spec.format for module in quantised_linears(expanded).values()} == {Format.FP8_SVD}
+    for module in quantised_linears(packed).values():
+        module.weight = torch.nn.Parameter(expand(module.weight), requires_grad=False)
+    assert differing(packed, expanded) == []
+
+
+def test_fp8_mode_is_the_same_from_either_storage(folder):
+    packed = svdq_compile.load_transformer(folder, compute="fp8")
+    expanded = svdq_compile.load_transformer(folder, compute="fp8", storage="expanded")
+    assert_linears_agree(expanded, packed)
+
+
+def test_bytes(folder):
+    packed = resident(svdq_compile.load_transformer(folder))
+    expanded = resident(svdq_compile.load_transformer(folder, storage="expanded"))
+    assert (packed.storage, expanded.storage) == ("packed", "expanded")
+    assert packed.nbytes == svdq_compile.inspect(folder).manifest.nbytes
+    assert packed.nbytes - packed.quantised_nbytes == expanded.nbytes - expanded.quantised_nbytes
+    assert expanded.quantised_nbytes > packed.quantised_nbytes
+    assert str(expanded).startswith("expanded, 0.")
+
+
+def test_what_became_resident_is_logged(folder, caplog):
+    with caplog.at_level(logging.INFO, logger="svdq_compile"):
+        model = svdq_compile.load_transformer(folder, storage="expanded")
+    assert f"{folder}: {resident(model)}" in caplog.text
+
+
+def test_load_into(model, folder):
+    expected = svdq_compile.load_transformer(folder, storage="expanded")
+    for source in (folder, svdq_compile.load_checkpoint(folder)):
+        assert differing(svdq_compile.load_into(model, source, storage="expanded"), expected) == []
+
+
+def test_patch(model, folder):
+    before = run(model)
+    expected = run(svdq_compile.load_transformer(folder, storage="expanded"))
+    for source in (folder, svdq_compile.load_checkpoint(folder)):
+        with svdq_compile.patch(model, source, storage="expanded"):
+            assert resident(model).storage == "expanded"
+            assert_bits_equal(run(model), expected)
+    lender = svdq_compile.load_transformer(folder, storage="expanded")
+    with svdq_compile.patch(model, lender):
+        assert_bits_equal(run(model), expected)
+    assert_bits_equal(run(model), before)
+
+
+@pytest.mark.parametrize("compute", ["nvfp4", "modelopt"])
+def test_a_mode_that_needs_the_codes_is_refused_at_once(model, folder, compute):
+    before = dict(model.named_parameters())
+    how = {"compute": compute, "storage": "expanded"}
+    message = f"compute='{compute}' needs the 4-bit codes"
+    with pytest.raises(StorageError, match=message):
+        svdq_compile.load_transformer(folder, **how)
+    with pytest.raises(StorageError, match=message):
+        svdq_compile.load_into(model, folder, **how)
+    with pytest.raises(StorageError, match=message), svdq_compile.patch(model, folder, **how):
+        pytest.fail("the block must not run")
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_switching_to_such_a_mode_changes_no_linear(folder, tmp_path):
+    """Even where the first linears of a model could be switched."""
+    fp8 = write_checkpoint(tmp_path, config=SMALL, recipe="fp8", blocks_kept=1)
+    model = svdq_compile.load_transformer(fp8)
+    *_, last = quantised_linears(svdq_compile.load_transformer(folder, storage="expanded")).values()
+    (*_, name) = quantised_linears(model)
+    model.get_submodule(name).weight = last.weight
+    with pytest.raises(StorageError):
+        svdq_compile.set_compute(model, "nvfp4")
+    assert {module.weight.fingerprint.compute for module in quantised_linears(model).values()} == {"auto"}
+
+
+def test_an_unknown_storage_is_refused(model, folder):
+    for call in (svdq_compile.load_transformer, lambda path, **how: svdq_compile.load_into(model, path, **how)):
+        with pytest.raises(StorageError, match="choose one of packed, expanded"):
+            call(folder, storage="dense")
+
+
+def test_an_fp8_checkpoint_is_what_it_is(tmp_path):
+    folder = write_checkpoint(tmp_path, config=SMALL, recipe="fp8", blocks_kept=1)
+    packed, expanded = (
+        svdq_compile.load_transformer(folder, compute="nvfp4", storage=s) for s in ("packed", "expanded")
+    )
+    assert differing(packed, expanded) == []
+    assert resident(expanded).storage == "packed"
+
+
+def test_an_expanded_model_is_not_written(folder, tmp_path):
+    model = svdq_compile.load_transformer(folder, storage="expanded")
+    with pytest.raises(SaveError, match="storage='packed'") as caught:
+        svdq_compile.save_checkpoint(model, tmp_path / "out")
+    assert (caught.value.found, caught.value.key.rpartition(".")[2]) == ("fp8_svd", "weight")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantising_while_loading(tmp_path):
+    torch.manual_seed(0)
+    QwenImageTransformer2DModel(**SMALL).bfloat16().save_pretrained(tmp_path)
+    how = {"quantize": "nvfp4_svd", "rank": 8, "blocks_kept": 1, "compute": "fp8"}
+    packed, expanded = (svdq_compile.load_transformer(tmp_path, **how, storage=s) for s in ("packed", "expanded"))
+    assert resident(expanded).storage == "expanded"
+    assert_linears_agree(expanded, packed)

@@ -1,0 +1,329 @@
+"""The residual GEMM on dense operands, with everything that shares its accumulator.
+
+    y = (x_q @ w_q.T) * (scale_a * scale_b) + h @ L1.T + bias
+
+One persistent program per multiprocessor walks over the output tiles. h arrives as partial sums over slices of K,
+which every tile adds in the same order, so results do not depend on the launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of a tile; tiles go down GROUP_M rows before they go right, so that L2 holds both sides."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (tile // per_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return (first + tile % height) * BLOCK_M, ((tile % per_group) // height) * BLOCK_N
+
+
+@triton.jit
+def product(
+    x,
+    w,
+    origin_m,
+    origin_n,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """``x @ w.T`` of one tile.
+
+    Args:
+        x: tensor descriptor of [M, K] with blocks [BLOCK_M, BLOCK_K], or without TMA the pointer to it.
+        w: the same for [N, K].
+
+    Returns:
+        float32 [BLOCK_M, BLOCK_N].
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if TMA:
+        # Descriptors take 32-bit offsets, and sizes may be 64-bit.
+        row_m, row_n = origin_m.to(tl.int32), origin_n.to(tl.int32)
+        for start in range(0, K, BLOCK_K):
+            column = start.to(tl.int32)
+            # Descriptors read zeros beyond the edges.
+            acc = tl.dot(x.load([row_m, column]), tl.trans(w.load([row_n, column])), acc)
+    else:
+        offs_m = origin_m + tl.arange(0, BLOCK_M)
+        offs_n = origin_n + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+        w_ptrs = w + offs_n.to(tl.int64)[:, None] * stride_wn + offs_k[None, :]
+        for start in range(0, K, BLOCK_K):
+            mask_k = (offs_k < K - start)[None, :]
+            a = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_k, other=0.0)
+            b = tl.load(w_ptrs + start, mask=(offs_n < N)[:, None] & mask_k, other=0.0)
+            acc = tl.dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
+def scaled(
+    acc,
+    scale_a_ptr,
+    scale_b_ptr,
+    offs_m,
+    M,
+    PER_TOKEN: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+):
+    """``acc * ((FACTOR_A * scale_a) * (FACTOR_B * scale_b))``; scale_a_ptr None stands for 1."""
+    scale = tl.load(scale_b_ptr) * FACTOR_B
+    if scale_a_ptr is None:
+        acc = acc * scale
+    elif PER_TOKEN:
+        scale_a = tl.load(scale_a_ptr + offs_m, mask=offs_m < M, other=0.0) * FACTOR_A
+        acc = acc * (scale_a * scale)[:, None]
+    else:
+        acc = acc * (tl.load(scale_a_ptr) * FACTOR_A * scale)
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    partials_ptr,
+    up_ptr,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``acc + h @ L1.T`` with ``h = sum of partials``, rounded to L1's dtype as a tensor core operand has to be.
+
+    Args:
+        partials_ptr: float32 [SPLITS, M, R] contiguous.
+        up_ptr: L1 [N, R] contiguous.
+        CHUNK: ranks multiplied at once, a power of two of at least 16.
+    """
+    row = offs_m.to(tl.int64)
+    for first in tl.static_range(0, R, CHUNK):
+        offs_r = first + tl.arange(0, CHUNK)
+        mask_h = (offs_m < M)[:, None]
+        mask_up = (offs_n < N)[:, None]
+        if R % CHUNK:
+            mask_h &= (offs_r < R)[None, :]
+            mask_up &= (offs_r < R)[None, :]
+        h = tl.load(partials_ptr + row[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            where = partials_ptr + (row + split * M)[:, None] * R + offs_r[None, :]
+            h += tl.load(where, mask=mask_h, other=0.0)
+        up = tl.load(up_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask_up, other=0.0)
+        acc = tl.dot(h.to(up.dtype), tl.trans(up), acc)
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, offs_n, N):
+    """``acc + bias`` for bias [N]."""
+    return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _dense_kernel(
+    x,
+    w,
+    scale_a_ptr,
+    scale_b_ptr,
+    partials_ptr,
+    up_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    PER_TOKEN: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """The whole of y [M, N], contiguous; pointers as in the functions above, None for an absent part."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        offs_m = origin_m + tl.arange(0, BLOCK_M)
+        offs_n = origin_n + tl.arange(0, BLOCK_N)
+        acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
+        if R > 0:
+            acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
+        if bias_ptr is not None:
+            acc = add_bias(acc, bias_ptr, offs_n, N)
+        where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+HOPPER_TILES = ((128, 256, 8, 3), (128, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 6))
+"""BLOCK_M, BLOCK_N, num_warps, num_stages that fit 227 KB of shared memory, largest first."""
+
+OTHER_TILES = ((128, 128, 8, 3), (64, 64, 4, 3))
+"""The same for GPUs with 99 KB, and for those nothing was measured on."""
+
+
+def configurations(m: int, n: int, element_size: int, capability: tuple[int, int]) -> list[dict[str, int]]:
+    """Tiles with their ``num_warps`` and ``num_stages``, the one to take without measuring first.
+
+    Args:
+        m, n: sizes of the result; m may be a hint.
+        element_size: bytes of an operand's element, 1 or 2.
+        capability: of the device.
+    """
+    if capability[0] == 9:
+        tiles = HOPPER_TILES
+        best = 0 if m > 512 else 1 if m > 128 and n >= 8192 else 3 if m <= 128 and n < 8192 else 2
+    else:
+        tiles = OTHER_TILES
+        best = 0 if m > 128 else 1
+    return [
+        {
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": 128 // element_size,
+            # Wide results reuse their weight tile over more rows before they leave L2.
+            "GROUP_M": 32 if n >= 8192 else 8,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        for block_m, block_n, warps, stages in sorted(tiles, key=lambda tile: tile != tiles[best])
+    ]
+
+
+def rank_chunk(rank: int) -> int:
+    """Ranks that :func:`add_low_rank` multiplies at once: few, because the accumulator takes most registers."""
+    return 32 if rank > 16 else 16
+
+
+def uses_tma(capability: tuple[int, int]) -> bool:
+    """Whether a GPU loads tiles by tensor descriptors (the copy engine of sm_90 and later)."""
+    return capability[0] >= 9
+
+
+def multiply(
+    x_q: torch.Tensor,
+    w_q: torch.Tensor,
+    scale_a: torch.Tensor | None,
+    scale_b: torch.Tensor,
+    partials: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    factor_a: float = 1.0,
+    factor_b: float = 1.0,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """``(x_q @ w_q.T) * (factor_a * scale_a * factor_b * scale_b) + h @ L1.T + bias``.
+
+    Args:
+        x_q: float8_e4m3fn, bfloat16 or float16 [M, K], contiguous, K a multiple of 16.
+        w_q: x_q's dtype [N, K], contiguous.
+        scale_a: float32, one value, [M, 1] for one per token, or None for 1.
+        scale_b: float32, one value.
+        partials: float32 [S, M, R], whose sum over S is h; None without a low-rank branch.
+        lora_up: L1 [N, R], bfloat16 or float16; None without a low-rank branch.
+        bias: [N] or None.
+        out_dtype: dtype of the result.
+        config: one of :func:`configurations`, to override the first.
+
+    Returns:
+        out_dtype [M, N], contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    m, k = x_q.shape
+    n = w_q.shape[0]
+    check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias)
+    capability = torch.cuda.get_device_capability(x_q.device)
+    chosen = dict(config or configurations(m, n, x_q.element_size(), capability)[0])
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
+    if not out.numel():
+        return out
+    rank = 0 if partials is None else partials.shape[2]
+    tma = uses_tma(capability)
+    x, w = x_q, w_q
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        x = TensorDescriptor.from_tensor(x_q, [chosen["BLOCK_M"], chosen["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(w_q, [chosen["BLOCK_N"], chosen["BLOCK_K"]])
+    tiles = triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"])
+    with torch.cuda.device_of(x_q):
+        _dense_kernel[(min(tiles, multiprocessors(x_q.device)),)](
+            x,
+            w,
+            scale_a,
+            scale_b,
+            partials,
+            lora_up.contiguous() if rank else None,
+            bias,
+            out,
+            m,
+            n,
+            k,
+            x_q.stride(0),
+            w_q.stride(0),
+            PER_TOKEN=scale_a is not None and scale_a.numel() != 1,
+            FACTOR_A=factor_a,
+            FACTOR_B=factor_b,
+            R=rank,
+            SPLITS=partials.shape[0] if rank else 1,
+            CHUNK=rank_chunk(rank),
+            TMA=tma,
+            **chosen,
+            **options,
+        )
+    return out
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias) -> None:
+    """Raises ValueError unless the arguments of :func:`multiply` fit together."""
+    m, k = x_q.shape
+    n = w_q.shape[0]
+    if x_q.dtype != w_q.dtype or x_q.dtype not in (torch.float8_e4m3fn, torch.bfloat16, torch.float16):
+        raise ValueError(f"operands are {x_q.dtype} and {w_q.dtype}, need one of e4m3, bfloat16, float16")
+    if w_q.shape[1] != k or k % 16 or not x_q.is_contiguous() or not w_q.is_contiguous():
+        raise ValueError(f"operands {tuple(x_q.shape)} and {tuple(w_q.shape)}, need contiguous (M, K) and (N, K)")
+    if scale_b.numel() != 1 or (scale_a is not None and scale_a.numel() not in (1, m)):
+        raise ValueError("scale_a needs one value or M of them, scale_b one")
+    check_low_rank(m, n, partials, lora_up, bias)
+
+
+def check_low_rank(m, n, partials, lora_up, bias) -> None:
+    """Raises ValueError unless partials [S, M, R], L1 [N, R] and bias [N] fit together."""
+    if (partials is None) != (lora_up is None):
+        raise ValueError("partials and lora_up come together")
+    if partials is not None and (partials.shape[1:] != (m, lora_up.shape[1]) or lora_up.shape[0] != n):
+        raise ValueError(f"partials {tuple(partials.shape)} and lora_up {tuple(lora_up.shape)} do not fit")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias is {tuple(bias.shape)}, needs ({n},)")
