@@ -66,6 +66,7 @@ class Call:
                 native=has_native_fp4(self.device),
                 weight=qweight.get_dtype(),
                 activation=self.dtype,
+                in_features=self.in_features,
                 tokens=self.hint,
                 rank=self.rank,
                 low_rank=self.lora_down.get_dtype() if self.rank else None,

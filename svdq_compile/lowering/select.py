@@ -50,6 +50,7 @@ def select(fingerprint: Fingerprint, device: torch.device, dtype: torch.dtype | 
             native=has_native_fp4(device),
             weight=torch.float8_e4m3fn if spec.format in (Format.FP8, Format.FP8_SVD) else torch.uint8,
             activation=dtype or model_dtype,
+            in_features=spec.in_features,
             tokens=MANY_TOKENS,
             rank=spec.rank,
             low_rank=model_dtype if spec.rank else None,

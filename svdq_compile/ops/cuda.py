@@ -28,6 +28,7 @@ def plan_call(x, qweight, input_scale, lora_down, compute: str) -> Plan:
             native=has_native_fp4(x.device),
             weight=qweight.dtype,
             activation=x.dtype,
+            in_features=x.shape[-1],
             tokens=x.numel() // max(1, x.shape[-1]),
             rank=0 if lora_down is None else lora_down.shape[0],
             low_rank=None if lora_down is None else lora_down.dtype,

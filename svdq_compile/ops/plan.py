@@ -51,6 +51,7 @@ class Facts:
         native: whether its block-scaled 4-bit tensor cores are used.
         weight: dtype of qweight, uint8 (NVFP4) or float8_e4m3fn.
         activation: dtype of x.
+        in_features: K.
         tokens: M, or a value on the same side of :data:`GEMV_TOKENS` and ``FP8_MIN_TOKENS``.
         rank: R.
         low_rank: dtype of the low-rank factors; None without them.
@@ -61,6 +62,7 @@ class Facts:
     capability: Capability | None
     weight: torch.dtype
     activation: torch.dtype
+    in_features: int
     tokens: int
     native: bool = False
     rank: int = 0
@@ -80,6 +82,8 @@ def _declined(facts: Facts) -> str | None:
         return f"the kernels take bfloat16 and float16 activations, not {_name(facts.activation)}"
     if facts.rank and facts.low_rank is not facts.activation:
         return f"activations are {_name(facts.activation)}, the low-rank factors {_name(facts.low_rank)}"
+    if facts.in_features % 16:
+        return f"in_features {facts.in_features} is not a multiple of 16"
     if facts.rank > MAX_RANK:
         return f"rank {facts.rank} is above {MAX_RANK}"
     if not facts.scale_is_one_value:

@@ -155,3 +155,9 @@ def test_another_dtype_than_the_factors_is_the_reference():
     layer, x, mode = make((48, 272), (200,), Format.NVFP4_SVD, "fp8", 16, torch.bfloat16, True, False, True, 0)
     x = x.half().cuda()
     assert_bits_equal(linear(x, *parts(layer, "cuda"), mode), linear_reference(x, *parts(layer, "cuda"), mode))
+
+
+def test_inputs_that_are_no_multiple_of_16_are_the_references():
+    layer = random_linear(48, 40, format=Format.FP8, compute="fp8")
+    x = torch.randn(200, 40, dtype=torch.bfloat16, device="cuda")
+    assert_bits_equal(linear(x, *parts(layer, "cuda"), "fp8"), linear_reference(x, *parts(layer, "cuda"), "fp8"))

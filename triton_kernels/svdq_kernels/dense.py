@@ -51,7 +51,7 @@ def product(
         # Descriptors take 32-bit offsets, and sizes may be 64-bit.
         row_m, row_n = origin_m.to(tl.int32), origin_n.to(tl.int32)
         for start in range(0, K, BLOCK_K):
-            column = start.to(tl.int32)
+            column = tl.cast(start, tl.int32)
             # Descriptors read zeros beyond the edges.
             acc = tl.dot(x.load([row_m, column]), tl.trans(w.load([row_n, column])), acc)
     else:
