@@ -9,6 +9,7 @@ from svdq_compile.bench import clocks, gate, linear, measure, peers, report, roo
 from svdq_compile.bench import plan as plans
 from svdq_compile.bench.layers import call, make_layer
 from svdq_compile.bench.timing import Timer
+from svdq_compile.ops.modes import FP8_MIN_TOKENS
 
 CPU = torch.device("cpu")
 
@@ -96,7 +97,7 @@ def test_work_of_the_operator():
     layer = make_layer((64, 48), 8, False, CPU)
     product, low_rank = 2.0 * 200 * 64 * 48, 2.0 * 200 * 8 * (64 + 48)
     assert linear.operator_work(layer, "fp8", "packed", 200).fp8 == product
-    assert linear.operator_work(layer, "fp8", "packed", 5).fp8 == 0.0
+    assert linear.operator_work(layer, "fp8", "packed", FP8_MIN_TOKENS - 1).fp8 == 0.0
     work = linear.operator_work(layer, "nvfp4", "packed", 200)
     assert (work.bf16, work.fp8) == (product + low_rank, 0.0)
     assert linear.operator_work(layer, "bf16", "expanded", 200).bytes > work.bytes
