@@ -27,7 +27,7 @@ def dense(call: Call) -> ir.TensorBox:
     extern = None
     if not _compat.tunes_gemms():
         configs = configs[:1]
-    elif call.plan.operand == "fp8" and not call.dynamic:
+    elif call.plan.operand == "fp8" and not call.dynamic and call.out_features % 16 == 0:
         extern = scaled_mm.CHOICE
     return _compat.template_call(
         templates.dense(tuple(present), tma),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..spec import E2M1_MAX
 from .linear import linear_reference, resolved, validate
 from .native import has_native_fp4
 from .plan import Facts, Plan, plan
 
-FP8_SCALE_FACTOR = 6.0
+FP8_SCALE_FACTOR = E2M1_MAX
 """NVFP4's ``input_scale`` is ``amax / (6 * 448)``, e4m3 wants ``amax / 448``."""
 
 

@@ -119,6 +119,17 @@ def test_a_symbolic_number_of_tokens_stays_one(mode):
     assert all("ks0" in kernel.source for kernel in templates(code))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("capability", "mode"), [((8, 0), "bf16"), ((9, 0), "fp8"), ((10, 0), "nvfp4")])
+def test_results_of_two_billion_elements_are_addressed_by_64_bits(capability, mode, dynamic):
+    layers = nn.Sequential(random_linear(12288, 64, compute=mode), nn.GELU())
+    x = torch.empty(180_000, 64, dtype=torch.bfloat16, device="meta")
+    (kernel,) = templates(generate(layers, (x,), capability, dynamic=dynamic))
+    assert "INDEX_DTYPE : tl.constexpr = tl.int64" in kernel.source
+    assert "idx_m = offs_m.to(INDEX_DTYPE)" in kernel.source
+    assert compile_kernel(kernel.source, kernel.name, capability)
+
+
 def test_a_slice_of_tokens_is_not_copied():
     class Sliced(nn.Module):
         def __init__(self):

@@ -88,6 +88,59 @@ def test_any_number_of_tokens_with_three_graphs(mode):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+def test_a_marked_dimension():
+    module = Gated("fp8").cuda()
+    compiled = torch.compile(module, backend="svdq", fullgraph=True)
+    for tokens in (300, 8, 1024):
+        arguments = inputs(tokens, batch=1)
+        for argument in (arguments[0], arguments[2]):
+            torch._dynamo.mark_dynamic(argument, 1)
+        with torch.no_grad():
+            assert_right(module, compiled(*arguments), arguments)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float16(mode):
+    module = Gated(mode, dtype=torch.float16).cuda()
+    arguments = tuple(argument.half() for argument in inputs())
+    with torch.no_grad():
+        assert_right(module, torch.compile(module, backend="svdq", fullgraph=True)(*arguments), arguments)
+
+
+def test_max_autotune_of_features_cublas_does_not_take():
+    """cuBLAS's e4m3 GEMM, one of the candidates, needs a multiple of 16."""
+    layer = random_linear(72, 272, compute="fp8").cuda()
+    x = inputs(1000)[0]
+    compiled = torch.compile(layer, backend="svdq", mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        wide, low = (linear_reference(*_arguments(layer, x, dtype)) for dtype in (torch.float64, torch.bfloat16))
+        assert_within_budget(compiled(x), wide, low_precision=low)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_of_two_billion_elements(mode):
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    layers = nn.Sequential(random_linear(12288, 64, compute=mode), nn.GELU()).cuda()
+    x = torch.randn(180_000, 64, device="cuda").bfloat16()
+    with torch.no_grad():
+        y = torch.compile(layers, backend="svdq", fullgraph=True)(x)
+        for rows in (slice(0, 200), slice(-200, None)):
+            wide, low = (
+                layers[1](linear_reference(*_arguments(layers[0], x[rows], dtype)))
+                for dtype in (torch.float64, torch.bfloat16)
+            )
+            assert_within_budget(y[rows], wide, low_precision=low)
+
+
+def _arguments(layer, x, wide):
+    """Those of the operator, with x smoothed beforehand and then widened."""
+    w = layer.weight
+    parts = [None if n == "pre_quant_scale" else getattr(w, n) for n in COMPONENTS]
+    return reference.smooth(x, w.pre_quant_scale).to(wide), *parts, layer.bias, w.operator_compute
+
+
 def test_a_slice_of_x():
     module = Gated("fp8").cuda()
     x, gate, residual = inputs()

@@ -74,10 +74,16 @@ def test_prepare(capability, operand, m):
 
 
 @pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
-@pytest.mark.parametrize("m", [16, 4096])
+@pytest.mark.parametrize("m", [16, 600, 4096])
 def test_prepare_ranks(rank, m):
     ptx = prepare((9, 0), "fp8", m, rank, dtype="fp16", smooth=rank != 16)
     assert ("mma" in ptx) == bool(rank)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("m", [600, 4096])
+def test_the_largest_rank_fits_the_registers(capability, m):
+    assert "div.rn.f32" in prepare(capability, "nvfp4", m, 256)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)

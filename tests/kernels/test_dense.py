@@ -1,4 +1,6 @@
-"""The GEMM on dense operands, on a GPU: within the budget of float64, whatever the sizes, tiles and parts."""
+"""The GEMM on dense operands: exact where float32 is, else within the budget of float64; any sizes and parts."""
+
+import pathlib
 
 import pytest
 import torch
@@ -6,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
+from svdq_compile.testing.tensors import run_script
 
 pytest.importorskip("triton")
 
 from svdq_kernels import dense
 from svdq_kernels.dense import multiply
-from svdq_kernels.expand import expand_nvfp4
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
+APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 TOKENS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 255, 257, 513, 700)
 FEATURES = (1, 8, 16, 63, 64, 72, 255, 256, 257, 400)
@@ -22,12 +23,16 @@ INPUTS = (16, 32, 48, 64, 112, 128, 144, 272, 528)
 RANKS = (0, 16, 32, 48, 128, 256)
 
 
-def make(m, n, k, dtype, rank, splits, scale, bias, seed):
-    """Arguments of multiply, on the GPU; scale is ``none``, ``one`` or ``tokens``."""
-    g = torch.Generator("cuda").manual_seed(seed)
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def make(m, n, k, dtype, rank, splits, scale, bias, seed, device="cuda"):
+    """Arguments of multiply; scale is ``none``, ``one`` or ``tokens``."""
+    g = torch.Generator(device).manual_seed(seed)
 
     def randn(*size):
-        return torch.randn(size, generator=g, device="cuda")
+        return torch.randn(size, generator=g, device=device)
 
     lora = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     scale_a = {"none": None, "one": randn(1)[0].abs() + 0.1, "tokens": randn(m, 1).abs() + 0.1}[scale]
@@ -45,6 +50,24 @@ def make(m, n, k, dtype, rank, splits, scale, bias, seed):
     }
 
 
+def make_exact(m, n, k, dtype, rank, splits, scale, bias, seed, device="cuda"):
+    """The same with small integers: no sum needs more than the 13 bits that sm_90 keeps of sums of e4m3 products."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def integers(low, high, *size):
+        return torch.randint(low, high + 1, size, generator=g, device=device).float()
+
+    args = make(m, n, k, dtype, rank, splits, scale, bias, seed, device)
+    lora = args["out_dtype"]
+    args |= {"x_q": integers(-2, 2, m, k).to(dtype), "w_q": integers(-2, 2, n, k).to(dtype)}
+    scales = {"none": None, "one": 2.0 ** integers(-1, 0), "tokens": 2.0 ** integers(-1, 0, m, 1)}
+    args |= {"scale_a": scales[scale], "scale_b": torch.tensor(0.25, device=device)}
+    args |= {"bias": integers(-100, 100, n).to(lora) if bias else None}
+    if rank:
+        args |= {"partials": integers(-4, 4, splits, m, rank), "lora_up": integers(-4, 4, n, rank).to(lora)}
+    return args
+
+
 def formula(args, wide):
     """multiply in one floating dtype, h rounded as it is for the tensor cores."""
     scale = 8.0 * args["scale_b"].to(wide)
@@ -57,14 +80,16 @@ def formula(args, wide):
     return y if args["bias"] is None else y + args["bias"].to(wide)
 
 
-def check(args, **options):
-    actual = multiply(**args, **options)
+def assert_right(actual, args):
     low = formula(args, torch.float32).to(args["out_dtype"])
     assert_within_budget(actual, formula(args, torch.float64), low_precision=low)
 
 
-ARGUMENTS = st.builds(
-    make,
+def check(args, **options):
+    assert_right(multiply(**args, **options), args)
+
+
+SIZES = (
     st.sampled_from(TOKENS),
     st.sampled_from(FEATURES),
     st.sampled_from(INPUTS),
@@ -75,13 +100,53 @@ ARGUMENTS = st.builds(
     st.booleans(),
     st.integers(0, 2**32),
 )
+ARGUMENTS = st.builds(make, *SIZES)
 
 
+def interpreted(make):
+    """Arguments for Triton's interpreter, which multiplies float16 and e4m3, but bits of bfloat16."""
+    shapes = [
+        (1, 1, 16, 0, 1, "none", True),
+        (130, 66, 80, 16, 2, "one", True),
+        (65, 129, 272, 48, 8, "tokens", False),
+        (3, 260, 144, 32, 3, "tokens", True),
+        (129, 5, 32, 128, 1, "one", False),
+    ]
+    cases = []
+    for seed, (m, n, k, *rest) in enumerate(shapes):
+        for dtype in (torch.float16, torch.float8_e4m3fn):
+            args = make(m, n, k, dtype, *rest, seed, device="cpu")
+            if rest[0]:
+                args["lora_up"] = args["lora_up"].half()
+            cases.append({**args, "out_dtype": torch.float16})
+    return cases
+
+
+# With tensor descriptors, and without.
+@pytest.mark.parametrize("major", [8, 9])
+def test_in_the_interpreter(major, tmp_path):
+    exact, close = interpreted(make_exact), interpreted(make)
+    cases = [("multiply", tuple(args.values())) for args in exact + close]
+    results = run_script(APPLY, cases, tmp_path, "cpu", str(major))
+    for args, actual in zip(exact, results):
+        assert_bits_equal(actual, formula(args, torch.float64).to(torch.float16))
+    for args, actual in zip(close, results[len(exact) :]):
+        assert_right(actual, args)
+
+
+@gpu
+@given(st.builds(make_exact, *SIZES))
+def test_exact_sums(args):
+    assert_bits_equal(multiply(**args), formula(args, torch.float64).to(args["out_dtype"]))
+
+
+@gpu
 @given(ARGUMENTS)
 def test_within_the_budget(args):
     check(args)
 
 
+@gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(ARGUMENTS, st.data())
 def test_every_tile(dtype, args, data):
@@ -91,11 +156,13 @@ def test_every_tile(dtype, args, data):
     check(args, config=data.draw(st.sampled_from(dense.configurations(1, 1, dtype.itemsize, capability))))
 
 
+@gpu
 @given(ARGUMENTS)
 def test_runs_are_equal(args):
     assert_bits_equal(multiply(**args), multiply(**args))
 
 
+@gpu
 @given(ARGUMENTS, st.integers(0, 2**32))
 def test_tokens_are_independent(args, seed):
     m = args["x_q"].shape[0]
@@ -107,14 +174,40 @@ def test_tokens_are_independent(args, seed):
     assert_bits_equal(multiply(**mixed), multiply(**args)[order])
 
 
+@gpu
+@given(ARGUMENTS, st.integers(0, 2**32))
+def test_features_are_independent(args, seed):
+    n = args["w_q"].shape[0]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).cuda()
+    mixed = {**args, "w_q": args["w_q"].view(torch.uint8)[order].view(args["w_q"].dtype)}
+    for name in ("lora_up", "bias"):
+        mixed[name] = None if args[name] is None else args[name][order]
+    assert_bits_equal(multiply(**mixed), multiply(**args)[:, order])
+
+
+@gpu
+@given(ARGUMENTS)
+def test_parts_of_h_are_added_in_order(args):
+    if args["partials"] is None:
+        return
+    h = args["partials"][0].clone()
+    for part in args["partials"][1:]:
+        h += part
+    assert_bits_equal(multiply(**{**args, "partials": h[None]}), multiply(**args))
+
+
+@gpu
 @given(ARGUMENTS)
 def test_zero_lora_up_adds_nothing(args):
     if args["lora_up"] is None:
         return
+    # Without a branch in between, the product with the scales and the sum with the bias become one operation.
+    args["bias"] = None
     zero = {**args, "lora_up": torch.zeros_like(args["lora_up"])}
     assert_bits_equal(multiply(**zero), multiply(**{**args, "lora_up": None, "partials": None}))
 
 
+@gpu
 @given(ARGUMENTS, st.sampled_from((-4, -1, 1, 5)))
 def test_powers_of_two_scale_exactly(args, exponent):
     args = {**args, "lora_up": None, "partials": None, "bias": None, "out_dtype": torch.float32}
@@ -122,6 +215,7 @@ def test_powers_of_two_scale_exactly(args, exponent):
     assert_bits_equal(scaled, multiply(**args) * 2.0**exponent)
 
 
+@gpu
 @given(ARGUMENTS, st.integers(0, 2**16))
 def test_nan_stays_in_its_token(args, where):
     clean = multiply(**args)
@@ -135,6 +229,27 @@ def test_nan_stays_in_its_token(args, where):
     assert_bits_equal(dirty[others], clean[others])
 
 
+@gpu
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs e4m3")
+@pytest.mark.parametrize("k", [3072, 12288])
+def test_long_sums_of_e4m3_products(k):
+    """The tensor cores of sm_90 add them with 14 bits; float16 results show that, cuBLAS's too."""
+    args = {**make(256, 512, k, torch.float8_e4m3fn, 0, 1, "one", False, 0), "out_dtype": torch.float16}
+    scales = 6.0 * args["scale_a"], 8.0 * args["scale_b"]
+    low = torch._scaled_mm(args["x_q"], args["w_q"].t(), *scales, out_dtype=torch.float16, use_fast_accum=True)
+    assert_within_budget(multiply(**args), formula(args, torch.float64), low_precision=low)
+
+
+@gpu
+def test_output_is_fully_written(monkeypatch):
+    args = make(130, 72, 80, torch.bfloat16, 16, 2, "one", True, 0)
+    wanted = multiply(**args)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    assert_bits_equal(multiply(**args), wanted)
+
+
+@gpu
 def test_no_tokens_and_no_features():
     args = make(4, 32, 64, torch.bfloat16, 16, 2, "one", True, 0)
     none = {**args, "x_q": args["x_q"][:0], "partials": args["partials"][:, :0]}
@@ -143,6 +258,7 @@ def test_no_tokens_and_no_features():
     assert multiply(**narrow).shape == (4, 0)
 
 
+@gpu
 @pytest.mark.parametrize(("m", "n", "k"), [(2**16, 2**15 + 16, 16), (2**15 + 1, 16, 2**16)])
 def test_beyond_32_bit_offsets(m, n, k):
     if torch.cuda.mem_get_info()[0] < 16 << 30:
@@ -155,20 +271,6 @@ def test_beyond_32_bit_offsets(m, n, k):
     assert not y[:-1].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_code_and_scale_expands_exactly(dtype):
-    """All 256 bytes under all 256 block scales."""
-    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(1, 32, 8).expand(256, -1, -1).reshape(256, 256)
-    scale = torch.arange(256, dtype=torch.uint8, device="cuda").view(256, 1).expand(-1, 32).contiguous()
-    from svdq_compile.ops import codec
-
-    bits = scale.view(torch.float8_e4m3fn)
-    wide = codec.decode_nvfp4(codec.unpack_codes(codes.cpu()), bits.cpu(), torch.float32)
-    expected = (wide / 8 if dtype == torch.float8_e4m3fn else wide).to(dtype).float()
-    actual = expand_nvfp4(codes.contiguous(), bits, dtype).float().cpu()
-    assert_bits_equal(actual.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -177,9 +279,12 @@ def test_every_code_and_scale_expands_exactly(dtype):
         {"bias": torch.zeros(5)},
         {"lora_up": torch.zeros(4, 8)},
         {"scale_a": torch.zeros(3)},
+        {"scale_b": torch.zeros(2)},
+        {"x_q": torch.zeros(4, 32, dtype=torch.bfloat16)[::2]},
+        {"partials": torch.zeros(1, 3, 8), "lora_up": torch.zeros(4, 8)},
     ],
 )
 def test_what_does_not_fit_is_refused(wrong):
-    args = make(2, 4, 32, torch.bfloat16, 0, 1, "none", False, 0)
+    args = make(2, 4, 32, torch.bfloat16, 0, 1, "none", False, 0, "cpu")
     with pytest.raises(ValueError, match=r"need|fit|come together"):
         multiply(**{**args, **wrong})

@@ -1,4 +1,4 @@
-"""Device functions of fp4.py and the weight kernel, exhaustively against ops.codec."""
+"""Device functions of fp4.py, exhaustively against ops.codec."""
 
 import os
 import pathlib
@@ -39,16 +39,6 @@ E4M3_VALUES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).flo
 E2M1_INPUTS = torch.cat([every_bfloat16(), random_float32(), midpoints_of(E2M1_VALUES)])
 E4M3_INPUTS = torch.cat([every_bfloat16(), random_float32(), midpoints_of(E4M3_VALUES)]).abs()
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8)
-# Row n has every byte under scale n.
-EVERY_PAIR = (EVERY_BYTE.expand(256, 256).clone(), EVERY_BYTE.view(256, 1).expand(256, 32).contiguous())
-# More blocks than one program takes, and not a multiple of them.
-TAIL = (EVERY_BYTE.repeat(5)[: 11 * 104].view(11, 104), EVERY_BYTE[: 11 * 13].view(11, 13))
-
-
-def as_weight(qweight, scale_bits):
-    return qweight, scale_bits.view(torch.float8_e4m3fn)
-
-
 CASES = {
     "encode_e2m1": ("encode_e2m1", (E2M1_INPUTS,)),
     "round_e2m1": ("round_e2m1", (E2M1_INPUTS,)),
@@ -56,10 +46,6 @@ CASES = {
     "round_e4m3": ("round_e4m3", (E4M3_INPUTS,)),
     "decode_e4m3": ("decode_e4m3", (EVERY_BYTE,)),
     "magnitude_bits": ("magnitude_bits", (random_float32(),)),
-    "every pair": ("expand_nvfp4", as_weight(*EVERY_PAIR)),
-    "tail": ("expand_nvfp4", as_weight(*TAIL)),
-    "transposed": ("expand_nvfp4", as_weight(TAIL[0].t().contiguous().t(), TAIL[1].t().contiguous().t())),
-    "no rows": ("expand_nvfp4", as_weight(TAIL[0][:0], TAIL[1][:0])),
 }
 
 
@@ -112,47 +98,6 @@ def test_magnitude_bits_order_as_magnitudes_with_nan_on_top(results):
     assert nans
     assert values[order][-nans:].isnan().all()
     assert (values[order][:-nans].diff() >= 0).all()
-
-
-@pytest.mark.parametrize("case", ["every pair", "tail", "transposed", "no rows"])
-def test_expand_nvfp4(results, case):
-    qweight, scale = CASES[case][1]
-    expected = codec.decode_nvfp4(codec.unpack_codes(qweight), scale, torch.bfloat16)
-    assert results[case].is_contiguous()
-    assert_same(results[case], expected)
-    # Nothing was rounded: the float32 product is the same number.
-    assert_same(results[case].float(), codec.decode_nvfp4(codec.unpack_codes(qweight), scale))
-
-
-@pytest.mark.parametrize(
-    ("qweight", "scale", "message"),
-    [
-        (torch.zeros(4, 16, dtype=torch.int8), torch.zeros(4, 2, dtype=torch.float8_e4m3fn), "int8"),
-        (torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 2), "float32"),
-        (torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.float8_e4m3fn), r"\(4, 4\)"),
-        (torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.float8_e4m3fn), r"\(4, 12\)"),
-    ],
-)
-def test_expand_refuses(qweight, scale, message):
-    from svdq_kernels.expand import expand_nvfp4
-
-    with pytest.raises(ValueError, match=message):
-        expand_nvfp4(qweight, scale)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_expand_beyond_32_bit_offsets():
-    from svdq_kernels.expand import expand_nvfp4
-
-    n, k = 2**31 // 3072 + 2, 3072
-    if torch.cuda.mem_get_info()[0] < 8 << 30:
-        pytest.skip("needs 8 GiB of GPU memory")
-    row = torch.randint(256, (1, k // 2), dtype=torch.uint8, device="cuda")
-    qweight = row.expand(n, -1).contiguous()
-    scale = torch.ones(n, k // 16, device="cuda").to(torch.float8_e4m3fn)
-    out = expand_nvfp4(qweight, scale)
-    assert_bits_equal(out[-1:], expand_nvfp4(row, scale[:1]))
 
 
 def test_package_imports_without_triton():

@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 MODES = ("nvfp4", "fp8", "bf16")
 FORMATS = (Format.NVFP4_SVD, Format.NVFP4, Format.FP8, Format.FP8_SVD)
 SHAPES = ((16, 16), (48, 32), (16, 272), (272, 48), (129, 512), (520, 144))
-LEADING = ((1,), (2,), (16,), (17,), (2, 65), (FP8_MIN_TOKENS - 1,), (FP8_MIN_TOKENS,), (3, 200), (), (1, 3, 5), (0,))
+TOKENS = (0, 1, 2, FP8_MIN_TOKENS - 1, FP8_MIN_TOKENS, 16, 17, 127, 128, 1500)
+LEADING = (*((m,) for m in TOKENS), (), (2, 65), (1, 3, 5), (3, 200))
 
 
 def make(shape, leading, format, mode, rank, dtype, smooth, dynamic, bias, seed):
@@ -134,6 +135,36 @@ def test_nan_stays_in_its_token(case):
     others = torch.arange(len(x), device="cuda") != row
     assert dirty[row].isnan().all()
     assert_bits_equal(dirty[others], clean[others])
+
+
+@given(cases())
+def test_leading_dimensions_are_tokens(case):
+    layer, x, mode = case
+    flat = run(layer, x.reshape(-1, x.shape[-1]), mode)
+    assert_bits_equal(run(layer, x, mode).reshape(flat.shape), flat)
+
+
+@given(cases())
+def test_zero_tokens_give_the_bias(case):
+    layer, x, mode = case
+    y = run(layer, torch.zeros_like(x), mode)
+    bias = torch.zeros(y.shape[-1], dtype=y.dtype) if layer.bias is None else layer.bias
+    # Not their bits: zeros of either sign are sums of zeros.
+    assert torch.equal(y.cpu(), bias.expand(y.shape))
+
+
+@given(cases(formats=(Format.NVFP4_SVD, Format.FP8_SVD)))
+def test_zero_lora_up_is_no_low_rank_branch(case):
+    layer, x, mode = case
+    # Without a branch in between, the product with the scales and the sum with the bias become one operation.
+    operands = [*parts(layer, "cuda")[:-1], None]
+    up, down = COMPONENTS.index("lora_up"), COMPONENTS.index("lora_down")
+    if operands[up] is None:
+        return
+    operands[up] = torch.zeros_like(operands[up])
+    zero = linear(x.cuda(), *operands, mode)
+    operands[up] = operands[down] = None
+    assert_bits_equal(zero, linear(x.cuda(), *operands, mode))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -171,11 +171,17 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     split = 1536 if k <= 4096 else 3072
     if operand == "nvfp4":
         split //= 3
+    warps = 4 if rank <= 64 else 8
     if m < 1024:
         block_m = 16 if m <= 64 else 32
         stages = 3 if rank <= 128 else 2
-        return {"SPLIT_K": max(256, split // 2), "BLOCK_M": block_m, "BLOCK_K": 128, "STAGES": stages, "num_warps": 4}
-    warps = 4 if rank <= 64 else 8
+        return {
+            "SPLIT_K": max(256, split // 2),
+            "BLOCK_M": block_m,
+            "BLOCK_K": 128,
+            "STAGES": stages,
+            "num_warps": warps,
+        }
     return {"SPLIT_K": split, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
 
