@@ -7,9 +7,11 @@ from torch import nn
 
 from svdq_compile.errors import StrictError
 from svdq_compile.spec import Format
+from svdq_compile.testing.checkpoints import SMALL
 from svdq_compile.testing.fake_gpu import compile_on_fake_gpu, fake_gpu
 from svdq_compile.testing.generated import compile_kernel, kernels, launches
 from svdq_compile.testing.ptx import CUOBJDUMP, spills
+from svdq_compile.testing.random_model import random_transformer
 from svdq_compile.testing.weights import random_linear
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
@@ -23,8 +25,10 @@ EXPANDED = ["_prepare_kernel", "triton_tem"]
 BLOCKSCALED = ["_quantize_packed_kernel", "_prepare_kernel", "triton_tem"]
 
 
-LAUNCHES_OF_A_BLOCK = 57
-"""12 linears of three kernels each, 2 of two, attention, complex products, and what Inductor fuses."""
+LAUNCHES_OF_A_BLOCK = {"": 49, "real_rope": 57}
+"""Passes skipped -> launches: 12 linears of three kernels each, 2 of two, attention, and what Inductor fuses.
+
+Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them."""
 
 
 class MLP(nn.Module):
@@ -165,14 +169,11 @@ def test_under_inductor_alone_the_operator_stays_opaque():
     assert launches(code).count("torch.ops.svdq.linear.default") == 2
 
 
-def test_a_transformer_block():
-    """Each quantised linear is one template, and no other matrix product is left but attention's."""
-    from svdq_compile.testing.checkpoints import SMALL
-    from svdq_compile.testing.random_model import random_transformer
-
+@pytest.fixture(scope="module")
+def block():
+    """A Qwen-Image block with all of its linears quantised, and arguments of its forward."""
     config = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
     model = random_transformer(config, recipe="all", blocks_kept=0, rank=16, compute="fp8")
-    block = model.transformer_blocks[0]
     arguments = {
         "hidden_states": torch.randn(1, 400, 128, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(1, 136, 128, dtype=torch.bfloat16),
@@ -183,9 +184,17 @@ def test_a_transformer_block():
             torch.polar(torch.ones(136, 32), torch.rand(136, 32)),
         ),
     }
-    code = generate(block, arguments)
-    names = launches(code)
+    return model.transformer_blocks[0], arguments
+
+
+def test_a_transformer_block(block):
+    """Each quantised linear is one template, and no other matrix product is left but attention's."""
+    names = launches(generate(*block))
     assert sum(name.startswith("triton_tem") for name in names) == 14
-    assert not any("extern_kernels" in name for name in names)
+    assert not any("extern_kernels" in name or "aten.mul" in name for name in names)
     assert "torch.ops.svdq.linear.default" not in names
-    assert len(names) == LAUNCHES_OF_A_BLOCK
+
+
+@pytest.mark.parametrize(("skipped", "expected"), LAUNCHES_OF_A_BLOCK.items(), ids=str)
+def test_what_each_pass_saves(block, skipped, expected):
+    assert len(launches(generate(*block, options={"skip_passes": skipped}))) == expected

@@ -1,0 +1,48 @@
+"""Every pass on Dynamo's graph, in the order they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+from torch import fx
+
+from .. import _compat
+from .base import GraphPass, Report
+from .insert_linear import insert_linear
+from .real_rope import real_rope
+
+log = logging.getLogger(__name__)
+
+PASSES: tuple[GraphPass, ...] = (real_rope, insert_linear)
+
+
+def rewrite(gm: fx.GraphModule, compute: str = "auto", skip: Collection[str] = ()) -> dict[str, Report]:
+    """Runs every pass on a graph, in place.
+
+    Args:
+        gm: Dynamo's graph.
+        compute: mode of the weights whose own is ``auto``.
+        skip: names of optional passes to leave out.
+
+    Returns:
+        Name -> report, of the passes that ran.
+    """
+    reports = {}
+    for each in PASSES:
+        if each.name not in skip:
+            reports[each.name] = each(gm, compute) if each is insert_linear else each(gm)
+            log.info("%s", reports[each.name].summary().splitlines()[0])
+    return reports
+
+
+def wanted_settings(reports: Mapping[str, Report], given: Collection[str]) -> dict[str, int]:
+    """Inductor's settings that the passes which found something want raised, but for those the user has given."""
+    settings: dict[str, int] = {}
+    for each in PASSES:
+        if each.name in reports and reports[each.name].matched:
+            for name, least in each.at_least.items():
+                current = settings.get(name, getattr(_compat.inductor_config, name) or 0)
+                if name not in given and current < least:
+                    settings[name] = least
+    return settings
