@@ -13,10 +13,11 @@ from torch import fx
 
 from . import _compat, options
 from .errors import StrictError
-from .lowering.linear import active
+from .lowering.registry import active
 from .lowering.select import select
 from .ops.native import has_native_fp4
 from .passes.base import SourceKeyed
+from .passes.fuse_feed_forward import fuse_feed_forward
 from .passes.insert_linear import Report, insert_linear
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def svdq(
     _compat.check_torch()
     ours, patches = parse_options(mode, options)
     report = insert_linear(gm, ours.compute)
+    fuse_feed_forward(gm.graph)
+    gm.recompile()
     _log_report(report)
     for device in {match.device for match in report.matched}:
         # May run a kernel, which the lowering must not.
