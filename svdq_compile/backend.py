@@ -13,7 +13,7 @@ from torch import fx
 
 from . import _compat, options
 from .errors import StrictError
-from .lowering.linear import active
+from .lowering.registry import active
 from .lowering.select import select
 from .ops.native import has_native_fp4
 from .passes.base import Report, SourceKeyed

@@ -10,9 +10,13 @@ from .call import Call
 
 def dense(call: Call) -> ir.TensorBox:
     """y [M, N] by the template on dense operands."""
+    return dense_product(call, *operands.prepare(call, call.plan.operand))
+
+
+def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None):
+    """y [M, N] by the template, of an activation that is an operand already."""
     from svdq_kernels import dense as kernels
 
-    x, scale_a, partials = operands.prepare(call, call.plan.operand)
     w, scale_b, factor_b = operands.weight(call, x.get_dtype())
     present = _optional(call, scale_a, partials)
     tma = kernels.uses_tma(call.capability)

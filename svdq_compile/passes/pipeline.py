@@ -9,12 +9,13 @@ from torch import fx
 
 from .. import _compat
 from .base import GraphPass, Report
+from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
 from .real_rope import real_rope
 
 log = logging.getLogger(__name__)
 
-PASSES: tuple[GraphPass, ...] = (real_rope, insert_linear)
+PASSES: tuple[GraphPass, ...] = (real_rope, insert_linear, fuse_feed_forward)
 
 
 def rewrite(gm: fx.GraphModule, compute: str = "auto", skip: Collection[str] = ()) -> dict[str, Report]:
