@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator
 from .. import _compat
 from ..ops.feed_forward import feed_forward as feed_forward_operator
 from ..ops.linear import linear as linear_operator
-from . import feed_forward, linear
+from ..ops.linear_group import linear_group as linear_group_operator
+from . import feed_forward, group, linear
 
-LOWERINGS = {linear_operator: linear.lower, feed_forward_operator: feed_forward.lower}
+LOWERINGS = {
+    linear_operator: linear.lower,
+    linear_group_operator: group.lower,
+    feed_forward_operator: feed_forward.lower,
+}
 """Operator -> its lowering."""
 
 _active: contextvars.ContextVar[bool] = contextvars.ContextVar("svdq_lowering", default=False)

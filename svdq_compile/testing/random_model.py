@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
 from .checkpoints import SMALL
@@ -25,6 +26,7 @@ def random_transformer(
     device: torch.device | str = "cpu",
     compute: str = "auto",
     storage: str = "packed",
+    share: bool = True,
 ) -> nn.Module:
     """The transformer that loading :func:`~svdq_compile.testing.checkpoints.write_checkpoint`'s files would give.
 
@@ -40,6 +42,7 @@ def random_transformer(
         device: where everything is made.
         compute: compute mode.
         storage: ``packed`` or ``expanded``.
+        share: as in :func:`~svdq_compile.testing.checkpoints.write_checkpoint`.
     """
     from accelerate import init_empty_weights
     from diffusers import QwenImageTransformer2DModel
@@ -48,7 +51,9 @@ def random_transformer(
 
     with init_empty_weights():
         model = QwenImageTransformer2DModel.from_config(dict(config))
-    plan = plan_checkpoint(config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype])
+    plan = plan_checkpoint(
+        config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype], share=share
+    )
     linears: dict[str, list[Planned]] = {}
     for tensor in plan:
         owner, _, leaf = tensor.key.rpartition(".")
@@ -62,4 +67,5 @@ def random_transformer(
         weight = SVDQWeight(parts, Fingerprint(tensors[0].spec, compute), dtype)
         weight = expand(weight) if storage == "expanded" else weight
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
+    mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
     return model.eval()
