@@ -17,7 +17,7 @@ COLORS = {
     ATTENTION: (237, 142, 49),
     QUANTISE: (93, 164, 80),
     REST: (147, 112, 171),
-    IDLE: (205, 205, 205),
+    IDLE: (200, 208, 214),
 }
 """Of the parts; what no part accounts for is time the GPU waited."""
 

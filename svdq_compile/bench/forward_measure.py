@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +27,8 @@ from .gate import Verdict
 from .report import FAILED, SKIPPED
 from .stats import percentile
 from .timing import describe
+
+log = logging.getLogger(__name__)
 
 WARM_SECONDS = 1.0
 """Every contender runs so long before it is timed, so that clocks and heat are the same for all."""
@@ -106,14 +110,17 @@ def _prepare(run: Run, contender: Contender) -> Subject:
     plan = run.plan
     checks, check = {}, None
     if contender.ours:
-        check = forward_models.build(contender, plan, run.device, CHECKED_BLOCKS)
-        checks = {size: against_float64(check, _inputs(run, check, size)) for size in plan.sizes}
-        _release_cached(run)
+        with _stage(run, contender, "two blocks and their float64 references"):
+            check = forward_models.build(contender, plan, run.device, CHECKED_BLOCKS)
+            checks = {size: against_float64(check, _inputs(run, check, size)) for size in plan.sizes}
+            _release_cached(run)
     baseline = torch.cuda.memory_allocated(run.device) if run.gpu else 0
-    model = forward_models.build(contender, plan, run.device)
+    with _stage(run, contender, "all blocks"):
+        model = forward_models.build(contender, plan, run.device)
     references = {}
     if contender.ours:
-        references = {size: against_eager(model, _inputs(run, model, size)) for size in plan.sizes}
+        with _stage(run, contender, "their references"):
+            references = {size: against_eager(model, _inputs(run, model, size)) for size in plan.sizes}
     weights = forward_models.weight_bytes(model)
     compiled = [None if m is None else forward_models.compile_model(m, contender, plan) for m in (model, check)]
     _release_cached(run)
@@ -131,6 +138,7 @@ def _measure_size(run: Run, contender: Contender, subject: Subject, size: tuple[
             errors["block_error"] = verdict.error
         forward = forward_of(subject.model, _inputs(run, subject.model, size))
         y = forward()
+        _synchronize(run)
         errors["first_s"] = time.perf_counter() - begin
         errors["graphs"] = counters["stats"]["unique_graphs"]
         if subject.references and verdict.passed:
@@ -142,7 +150,8 @@ def _measure_size(run: Run, contender: Contender, subject: Subject, size: tuple[
         if not verdict.passed:
             yield dataclasses.replace(row, status=FAILED, note=verdict.reason)
             return
-        row = _timed(run, row, subject, forward)
+        with _stage(run, contender, "timing"):
+            row = _timed(run, row, subject, forward)
     except Exception as error:
         _synchronize(run)
         yield dataclasses.replace(row, status=FAILED if contender.ours else SKIPPED, note=describe(error))
@@ -172,7 +181,9 @@ def _timed(run: Run, row: Row, subject: Subject, forward: Callable[[], torch.Ten
     if not run.gpu:
         return row
     row = dataclasses.replace(row, peak_gb=(torch.cuda.max_memory_allocated(run.device) - subject.baseline) / 1e9)
+    begin = time.perf_counter()
     found = profile(forward)
+    log.info("profiling took %.1f s", time.perf_counter() - begin)
     row = dataclasses.replace(
         row,
         gpu_ms=found.total,
@@ -263,6 +274,14 @@ def _row(run: Run, contender: Contender, size: tuple[int, int]) -> Row:
 
 def _inputs(run: Run, model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     return make_inputs(model, run.plan, size, run.plan.text, run.device)
+
+
+@contextlib.contextmanager
+def _stage(run: Run, contender: Contender, name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    _synchronize(run)
+    log.info("%s: %s took %.1f s", contender.label, name, time.perf_counter() - begin)
 
 
 def _release_cached(run: Run) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import passes
+from .. import options
 from ..ops import modes
 from ..ops.weight import Fingerprint, SVDQWeight
 from ..spec import Format
@@ -46,6 +46,11 @@ class Contender:
         return self.name == OURS
 
     @property
+    def label(self) -> str:
+        """Name, mode, storage and variant."""
+        return " ".join(part for part in (self.name, self.mode, self.storage, self.variant) if part)
+
+    @property
     def variant(self) -> str:
         """What distinguishes it from the plain one; empty for that."""
         return f"no {self.skipped}" if self.skipped else "" if self.low_rank else "rank 0"
@@ -71,7 +76,7 @@ def contenders(plan: ForwardPlan) -> list[Contender]:
 
 def pass_names() -> tuple[str, ...]:
     """The graph passes that ``options={"skip_passes": ...}`` can switch off."""
-    return tuple(getattr(passes, "NAMES", ()))
+    return tuple(getattr(options, "OPTIONAL_PASSES", ()))
 
 
 def config_of(plan: ForwardPlan, blocks: int | None = None) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def compile_model(model: nn.Module, contender: Contender, plan: ForwardPlan) -> 
     if contender.ours:
         how["backend"] = "svdq"
         if contender.skipped:
-            how["options"] = {"skip_passes": (contender.skipped,)}
+            how["options"] = {"skip_passes": contender.skipped}
     if plan.whole:
         return torch.compile(model, **how)
     model.compile_repeated_blocks(**how)

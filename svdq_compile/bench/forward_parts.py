@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
+import pkgutil
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,9 +27,13 @@ _GENERATED = (
 )
 _OTHERS = (
     (re.compile(r"sdpa|fmha|flash_fwd|flash_fprop|attention", re.IGNORECASE), ATTENTION),
-    (re.compile(r"prepare|quanti[sz]e|expand_|token_scale"), QUANTISE),
-    (re.compile(r"gemm|gemv|matmul|nvjet|cutlass|cublas|splitk|^_\w+_kernel", re.IGNORECASE), LINEARS),
+    (re.compile(r"gemm|gemv|matmul|nvjet|cutlass|cublas|splitk", re.IGNORECASE), LINEARS),
 )
+_OURS = re.compile(r"(_\w+_kernel)(_\d+)?")
+"""Inductor appends a number."""
+
+QUANTISING = ("activation", "packed", "expand")
+"""Modules of ``svdq_kernels`` whose kernels make operands; those of all others multiply them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +85,24 @@ class Breakdown:
 
 def part_of(name: str) -> str:
     """The part a kernel counts as: products of linears, attention, quantising and unpacking for them, or the rest."""
+    own = _OURS.fullmatch(name)
+    if own and own[1] in own_kernels():
+        return own_kernels()[own[1]]
     rules = _GENERATED if name.startswith("triton_") else _OTHERS
     return next((part for pattern, part in rules if pattern.search(name)), REST)
+
+
+@functools.cache
+def own_kernels() -> dict[str, str]:
+    """Name of each kernel of ``svdq_kernels`` -> its part."""
+    import svdq_kernels
+
+    found = {}
+    for module in pkgutil.iter_modules(svdq_kernels.__path__):
+        names = vars(importlib.import_module(f"{svdq_kernels.__name__}.{module.name}"))
+        part = QUANTISE if module.name in QUANTISING else LINEARS
+        found |= {name: part for name in names if _OURS.fullmatch(name)}
+    return found
 
 
 def profile(run: Callable[[], object]) -> Breakdown:
