@@ -203,3 +203,12 @@ def test_one_process_counts_what_recompiles(monkeypatch):
     assert found["text_graphs"] >= 1
     assert compile_time.second_size(plan) == (64, 64)
     assert compile_time.second_size(plan_of("--sizes", "64x48")) == (80, 48)
+
+
+@pytest.mark.parametrize("what", ["linear", "forward"])
+def test_each_benchmark_has_help_and_takes_global_flags(what, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["bench", what, "--help"])
+    assert left.value.code == 0
+    assert f"svdq-compile bench {what}:" in capsys.readouterr().out
+    assert _parser().parse_args(["bench", what, "--debug", "-v"]).verbose
