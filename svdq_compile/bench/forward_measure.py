@@ -204,7 +204,7 @@ def _captured(run: Run, row: Row, subject: Subject, forward: Callable[[], torch.
     handle = None
     try:
         begin = time.perf_counter()
-        handle = capture(subject.model)
+        handle = capture(subject.model, strict=True)
         results = [forward().clone() for _ in range(2)]
         row = dataclasses.replace(row, first_s=time.perf_counter() - begin)
         if not all(torch.equal(y, expected) for y in results):
