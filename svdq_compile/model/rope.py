@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import types
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +29,7 @@ def move_tables(model: nn.Module, device: torch.device | str) -> None:
     """
     for module in rope_modules(model):
         _move(module, torch.device(device))
-        module._apply = types.MethodType(_apply_and_follow, module)
+        module._apply = functools.partial(_apply_and_follow, module)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
@@ -38,11 +38,11 @@ def _move(module: nn.Module, device: torch.device) -> None:
             setattr(module, name, getattr(module, name).to(device))
 
 
-def _apply_and_follow(self: nn.Module, function, recurse: bool = True) -> nn.Module:
+def _apply_and_follow(module: nn.Module, function, recurse: bool = True) -> nn.Module:
     """``Module._apply``, behind ``.to``, ``.cpu`` and ``.cuda``; a probe shows where the function moves tensors."""
-    type(self)._apply(self, function, recurse)
-    _move(self, function(torch.empty(0, device=self.pos_freqs.device)).device)
-    return self
+    type(module)._apply(module, function, recurse)
+    _move(module, function(torch.empty(0, device=module.pos_freqs.device)).device)
+    return module
 
 
 @contextlib.contextmanager
