@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._inductor import config as inductor_config
 from torch._inductor import ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+from torch._inductor.cudagraph_trees import CUDAGraphTreeManager, reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import (
@@ -99,6 +101,23 @@ def tunes_gemms() -> bool:
     return inductor_config.max_autotune or inductor_config.max_autotune_gemm
 
 
+@contextlib.contextmanager
+def cudagraph_tree_runs() -> Iterator[list[object]]:
+    """Collects the calls Inductor's own CUDA graphs (``mode="reduce-overhead"``) serve meanwhile, in any thread."""
+    runs: list[object] = []
+    run = CUDAGraphTreeManager._run
+
+    def watched(manager, new_inputs, function_id):
+        runs.append(function_id)
+        return run(manager, new_inputs, function_id)
+
+    CUDAGraphTreeManager._run = watched
+    try:
+        yield runs
+    finally:
+        CUDAGraphTreeManager._run = run
+
+
 def template_call(
     template: TritonTemplate,
     name: str,
@@ -136,6 +155,7 @@ __all__ = [
     "ceildiv",
     "check_torch",
     "compile_fx",
+    "cudagraph_tree_runs",
     "fallback_handler",
     "inductor_config",
     "ir",

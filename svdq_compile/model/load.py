@@ -17,6 +17,7 @@ from ..ops.weight import SVDQWeight
 from .bind import Entry, Slot, check_fit, check_modes, new_parameters, slots_of, unwrap
 from .build import build_model
 from .resident import nbytes_of, resident, size_text
+from .rope import move_tables
 from .share import mark_shared
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ def _install(
     for slot, value in read_parameters(manifest, slots, entries, compute, storage, dtype, quiet=quiet):
         slot.set(value)
     setattr(model, CONFIG_ATTRIBUTE, manifest.quantization_config)
+    move_tables(model, device_of(model))
     log.info("%s: %s", manifest.folder, resident(model))
 
 

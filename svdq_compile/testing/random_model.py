@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dtypes import DTYPE_NAMES
 from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
@@ -44,13 +45,7 @@ def random_transformer(
         storage: ``packed`` or ``expanded``.
         share: as in :func:`~svdq_compile.testing.checkpoints.write_checkpoint`.
     """
-    from accelerate import init_empty_weights
-    from diffusers import QwenImageTransformer2DModel
-
-    from ..dtypes import DTYPE_NAMES
-
-    with init_empty_weights():
-        model = QwenImageTransformer2DModel.from_config(dict(config))
+    model = _empty(config)
     plan = plan_checkpoint(
         config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype], share=share
     )
@@ -69,3 +64,28 @@ def random_transformer(
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
     mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
     return model.eval()
+
+
+def dense_transformer(
+    config: Mapping[str, Any] = SMALL,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The same model without quantised weights; arguments as :func:`random_transformer`'s."""
+    model = _empty(config)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        tensor = Planned(name, DTYPE_NAMES[dtype], tuple(parameter.shape), "dense", name)
+        made = nn.Parameter(random_tensor(tensor, seed, device), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, made)
+    return model.eval()
+
+
+def _empty(config: Mapping[str, Any]) -> nn.Module:
+    from accelerate import init_empty_weights
+    from diffusers import QwenImageTransformer2DModel
+
+    with init_empty_weights():
+        return QwenImageTransformer2DModel.from_config(dict(config))
