@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from torch import nn
 
 from .lowering.select import select
 from .model.bind import unwrap
+from .model.share import Candidate, examine
 from .ops.modes import resolve
 from .ops.weight import SVDQWeight
 from .passes.pipeline import PASSES
@@ -35,13 +37,42 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Group:
+    """Linears of one module that read one tensor. ``str()`` names no block.
+
+    Args:
+        owner: what the names begin with: the module they are part of.
+        names: full names of the linears.
+        shared: whether their activation's side is computed once for all.
+        reason: why not, empty if it is.
+    """
+
+    owner: str
+    names: tuple[str, ...]
+    shared: bool
+    reason: str
+
+    def __str__(self) -> str:
+        members = "+".join(name.removeprefix(self.owner) for name in self.names)
+        if self.shared:
+            return f"{members}: grouped, their input_scale, pre_quant_scale and lora_down are equal"
+        return f"{members}: apart, {self.reason.replace(self.owner, '')}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every linear of a model, in the model's order, and the graph passes ``backend="svdq"`` has.
+    """Every linear of a model, in the model's order, which of them share, and the passes of ``backend="svdq"``.
 
     ``str()`` is a table that groups equal rows.
+
+    Args:
+        rows: one per linear.
+        groups: linears that read the same tensor by the model's design; those that share are one
+            ``svdq::linear_group`` in compiled code.
     """
 
     rows: tuple[Row, ...]
+    groups: tuple[Group, ...] = ()
 
     @property
     def passes(self) -> dict[str, str]:
@@ -50,7 +81,11 @@ class Explanation:
 
     def to_dict(self) -> dict:
         """Plain data for JSON."""
-        return {"linears": [dataclasses.asdict(row) for row in self.rows], "passes": self.passes}
+        return {
+            "linears": [dataclasses.asdict(row) for row in self.rows],
+            "groups": [dataclasses.asdict(group) for group in self.groups],
+            "passes": self.passes,
+        }
 
     def __str__(self) -> str:
         groups: dict[tuple, list[Row]] = {}
@@ -65,6 +100,8 @@ class Explanation:
             shown = [f"{r.name} {r.in_features}->{r.out_features}" for r in rows[:3]]
             lines.append(f"    {', '.join(shown)}{', ...' if len(rows) > 3 else ''}")
         lines = lines or ["no linears"]
+        counts = collections.Counter(str(group) for group in self.groups)
+        lines += [f"{count} x {text}" for text, count in counts.items()]
         return "\n".join([*lines, "passes:", *(f"    {name}: {does}" for name, does in self.passes.items())])
 
 
@@ -74,7 +111,16 @@ def explain(model: nn.Module) -> Explanation:
     Args:
         model: the model, or what ``torch.compile(model)`` returned.
     """
-    return Explanation(tuple(_row(name, m) for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)))
+    linears = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)}
+    weights = {name: m.weight for name, m in linears.items() if isinstance(m.weight, SVDQWeight)}
+    groups = tuple(_group(weights, candidate) for candidate in examine(weights))
+    return Explanation(tuple(_row(name, m) for name, m in linears.items()), groups)
+
+
+def _group(weights: dict[str, SVDQWeight], found: Candidate) -> Group:
+    marked = not found.reason and all(weights[name].fingerprint.share for name in found.names)
+    reason = found.reason or ("" if marked else "they could share, but were not loaded together: use load_into")
+    return Group(found.owner, found.names, marked, reason)
 
 
 def _row(name: str, module: nn.Linear) -> Row:

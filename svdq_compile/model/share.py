@@ -7,7 +7,7 @@ on facts Dynamo guards, so each weight carries a key (:mod:`svdq_compile.ops.sha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -31,11 +31,13 @@ class Candidate:
     """Linears that could share, and why they do not.
 
     Args:
+        owner: what all names begin with: the name of the module they are part of, and a dot.
         names: full names of the linears.
         key: what their weights carry if they share.
         reason: why they do not share, empty if they do.
     """
 
+    owner: str
     names: tuple[str, ...]
     key: str
     reason: str = ""
@@ -58,15 +60,17 @@ def examine(weights: Mapping[str, SVDQWeight]) -> list[Candidate]:
     Args:
         weights: as for :func:`mark_shared`.
     """
-    groups = [(names, siblings) for siblings in SIBLINGS for names in _present(weights, siblings)]
-    inside = _reasons(weights, [names for names, _ in groups])
     found = [
-        Candidate(names, share_key(siblings), reason) for (names, siblings), reason in zip(groups, inside, strict=True)
+        Candidate(owner, tuple(owner + sibling for sibling in siblings), share_key(siblings))
+        for siblings in SIBLINGS
+        for owner in _owners(weights, siblings)
     ]
+    reasons = _reasons(weights, [each.names for each in found])
+    found = [dataclasses.replace(each, reason=reason) for each, reason in zip(found, reasons, strict=True)]
     for siblings in SAME_IN_ALL_BLOCKS:
         ours = [each for each in found if each.key == share_key(siblings)]
         everywhere = tuple(name for each in ours for name in each.names)
-        if len(ours) > 1 and not any(each.reason for each in ours) and _one_list(everywhere, siblings):
+        if len(ours) > 1 and not any(each.reason for each in ours) and _one_list(ours):
             (reason,) = _reasons(weights, [everywhere])
             if not reason:
                 key = share_key(siblings, in_all=True)
@@ -74,24 +78,21 @@ def examine(weights: Mapping[str, SVDQWeight]) -> list[Candidate]:
     return found
 
 
-def _present(weights: Mapping[str, SVDQWeight], siblings: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Full names of siblings, for every module that has one of them quantised."""
+def _owners(weights: Mapping[str, SVDQWeight], siblings: tuple[str, ...]) -> list[str]:
+    """What the names of siblings begin with, for every module that has one of them quantised."""
     owners = [
         name.removesuffix(sibling)
         for name in weights
         for sibling in siblings
         if name == sibling or name.endswith("." + sibling)
     ]
-    for owner in dict.fromkeys(owners):
-        yield tuple(owner + sibling for sibling in siblings)
+    return list(dict.fromkeys(owners))
 
 
-def _one_list(names: tuple[str, ...], siblings: tuple[str, ...]) -> bool:
-    """Whether all of these linears are parts of the elements of one list of modules."""
-    owners = {name.removesuffix("." + sibling) for name in names for sibling in siblings if name.endswith(sibling)}
-    return len({owner.rpartition(".")[0] for owner in owners}) == 1 and all(
-        owner.rpartition(".")[2].isdigit() for owner in owners
-    )
+def _one_list(found: list[Candidate]) -> bool:
+    """Whether the modules are elements of one list of modules."""
+    lists, _, indices = zip(*(each.owner.removesuffix(".").rpartition(".") for each in found), strict=True)
+    return len(set(lists)) == 1 and all(index.isdigit() for index in indices)
 
 
 def _reasons(weights: Mapping[str, SVDQWeight], groups: list[tuple[str, ...]]) -> list[str]:

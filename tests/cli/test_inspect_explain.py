@@ -47,11 +47,24 @@ def test_explain_json(checkpoint, compute, capsys):
     data = json.loads(capsys.readouterr().out)
     rows = data["linears"]
     assert {"real_rope", "insert_linear"} <= data["passes"].keys()
+    assert [len(group["names"]) for group in data["groups"] if group["shared"]] == [3, 3, 2]
     assert len(rows) == 14 * SMALL["num_layers"] + 6
     quantised = [row for row in rows if row["format"] != "dense"]
     assert len(quantised) == 14
     assert {row["compute"] for row in quantised} == {compute}
     assert all(row["name"].startswith("transformer_blocks.1.") for row in quantised)
+
+
+def test_explain_says_what_shares_and_why_not():
+    from svdq_compile.testing.random_model import random_transformer
+
+    model = random_transformer(SMALL, recipe="all", rank=8, blocks_kept=0)
+    text = str(svdq_compile.explain(model))
+    assert "3 x to_q+to_k+to_v: grouped" in text
+    assert "3 x img_mod.1+txt_mod.1: apart, txt_mod.1.input_scale differs" in text
+    weight = model.transformer_blocks[0].attn.to_q.weight
+    model.transformer_blocks[0].attn.to_q.weight = type(weight)(weight.with_share(""), requires_grad=False)
+    assert "1 x to_q+to_k+to_v: apart, they could share, but" in str(svdq_compile.explain(model))
 
 
 def test_explain_shows_the_storage_and_what_auto_means(checkpoint, capsys):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svdq_compile.errors import StrictError
+from svdq_compile.options import OPTIONAL_PASSES
 from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import SMALL
 from svdq_compile.testing.fake_gpu import compile_on_fake_gpu, fake_gpu
@@ -28,12 +29,16 @@ FEED_FORWARD = [*DENSE[:2], "_gelu_quantize_kernel", "_expand_kernel", "triton_p
 BLOCKSCALED = ["_quantize_packed_kernel", "_prepare_kernel", "triton_tem"]
 
 
-LAUNCHES_OF_A_BLOCK = {"": 49, "real_rope": 57, "fuse_feed_forward": 49}
-"""Passes skipped -> launches: 12 linears of three kernels each, 2 of two, attention, and what Inductor fuses.
+LAUNCHES_OF_A_BLOCK = {
+    "mixed": {"": 38, "real_rope": 46, "share_inputs": 48, "fuse_feed_forward": 39},
+    "all": {"": 41, "real_rope": 49, "share_inputs": 49, "fuse_feed_forward": 41},
+}
+"""Recipe -> passes skipped -> launches.
 
-Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them.
-fuse_feed_forward saves the widest tensor, not launches: the first GEMM stands for the second's activation kernel, but
-its down-projections are summed by one more."""
+Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them. Without
+share_inputs: more activation kernels and GEMMs; in the mixed recipe, where modulations are not smoothed, theirs too.
+fuse_feed_forward saves the widest tensor rather than launches: the first GEMM stands for the second's
+activation kernel, but down-projections, if there are any, are summed by one more."""
 
 
 class MLP(nn.Module):
@@ -182,11 +187,11 @@ def test_under_inductor_alone_the_operator_stays_opaque():
     assert launches(code).count("torch.ops.svdq.linear.default") == 2
 
 
-@pytest.fixture(scope="module")
-def block():
-    """A Qwen-Image block with all of its linears quantised, and arguments of its forward."""
+@pytest.fixture(scope="module", params=LAUNCHES_OF_A_BLOCK)
+def block(request):
+    """A recipe, a Qwen-Image block with all of its linears quantised, and arguments of its forward."""
     config = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
-    model = random_transformer(config, recipe="all", blocks_kept=0, rank=16, compute="fp8")
+    model = random_transformer(config, recipe=request.param, blocks_kept=0, rank=16, compute="fp8")
     arguments = {
         "hidden_states": torch.randn(1, 400, 128, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(1, 136, 128, dtype=torch.bfloat16),
@@ -197,18 +202,21 @@ def block():
             torch.polar(torch.ones(136, 32), torch.rand(136, 32)),
         ),
     }
-    return model.transformer_blocks[0], arguments
+    return request.param, model.transformer_blocks[0], arguments
 
 
 def test_a_transformer_block(block):
-    """Each quantised linear is one template, and no other matrix product is left but attention's."""
-    names = launches(generate(*block))
-    assert sum(name.startswith("triton_tem") for name in names) == 12
+    """Quantised linears are templates, grouped where they share; attention's are the only other matrix products."""
+    recipe, *module = block
+    names = launches(generate(*module))
+    assert sum(name.startswith("triton_tem") for name in names) == {"mixed": 7, "all": 8}[recipe]
     assert sum(name.startswith("_gelu_quantize_kernel") for name in names) == 2
     assert not any("extern_kernels" in name or "aten.mul" in name for name in names)
     assert "torch.ops.svdq.linear.default" not in names
 
 
-@pytest.mark.parametrize(("skipped", "expected"), LAUNCHES_OF_A_BLOCK.items(), ids=str)
-def test_what_each_pass_saves(block, skipped, expected):
-    assert len(launches(generate(*block, options={"skip_passes": skipped}))) == expected
+@pytest.mark.parametrize("skipped", ["", *OPTIONAL_PASSES])
+def test_what_each_pass_saves(block, skipped):
+    recipe, *module = block
+    code = generate(*module, options={"skip_passes": skipped})
+    assert len(launches(code)) == LAUNCHES_OF_A_BLOCK[recipe][skipped]
