@@ -8,14 +8,16 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from .. import _compat
+from .attention_layout import attention_layout
 from .base import GraphPass, Report
 from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
+from .modulate import modulate
 from .real_rope import real_rope
 
 log = logging.getLogger(__name__)
 
-PASSES: tuple[GraphPass, ...] = (real_rope, insert_linear, fuse_feed_forward)
+PASSES: tuple[GraphPass, ...] = (real_rope, attention_layout, insert_linear, fuse_feed_forward, modulate)
 
 
 def rewrite(gm: fx.GraphModule, compute: str = "auto", skip: Collection[str] = ()) -> dict[str, Report]:
