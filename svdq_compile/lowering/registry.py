@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from .. import _compat
 from ..ops.feed_forward import feed_forward as feed_forward_operator
 from ..ops.linear import linear as linear_operator
+from ..ops.linear_group import linear_group as linear_group_operator
 from ..ops.modulated_norm import modulated_norm as modulated_norm_operator
-from . import feed_forward, linear, modulated_norm
+from . import feed_forward, group, linear, modulated_norm
 
 LOWERINGS = {
     linear_operator: linear.lower,
+    linear_group_operator: group.lower,
     feed_forward_operator: feed_forward.lower,
     modulated_norm_operator: modulated_norm.lower,
 }

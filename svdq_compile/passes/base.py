@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from torch import fx
 
 from .. import _compat
+from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear
+from ..ops.linear_group import linear_group
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class SourceKeyed(_compat.CustomGraphPass):
 
     Args:
         previous: the ``post_grad_custom_pre_pass`` the user had set; it runs first.
-        expected: how many ``svdq::linear`` were inserted; equal ones may have been merged since.
+        expected: how many ``svdq::linear`` were inserted; passes and Inductor may have merged some since.
         skipped: names of the passes left out.
     """
 
@@ -111,8 +113,10 @@ class SourceKeyed(_compat.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self._previous is not None:
             self._previous(graph)
-        found = len(graph.find_nodes(op="call_function", target=linear))
-        log.debug("%d of %d svdq::linear reached Inductor", found, self._expected)
+        found = {
+            op: len(graph.find_nodes(op="call_function", target=op)) for op in (linear, linear_group, feed_forward)
+        }
+        log.debug("%d linears reached Inductor as %s", self._expected, found)
 
     def uuid(self) -> object:
         """Hash of our sources and the skipped passes, joined with the previous pass's key; None (no caching) if that

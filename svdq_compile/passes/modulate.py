@@ -15,10 +15,11 @@ from torch import fx
 
 from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear
+from ..ops.linear_group import linear_group
 from ..ops.modulated_norm import modulated_norm
 from .base import Report, graph_pass, value_of
 
-READERS = (linear, feed_forward)
+READERS = (linear, linear_group, feed_forward)
 """Operators whose activation kernel may normalise what it reads."""
 
 ADD = (operator.add, torch.add)

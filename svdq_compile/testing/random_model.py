@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..dtypes import DTYPE_NAMES
+from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
 from .checkpoints import SMALL
@@ -26,6 +27,7 @@ def random_transformer(
     device: torch.device | str = "cpu",
     compute: str = "auto",
     storage: str = "packed",
+    share: bool = True,
 ) -> nn.Module:
     """The transformer that loading :func:`~svdq_compile.testing.checkpoints.write_checkpoint`'s files would give.
 
@@ -41,9 +43,12 @@ def random_transformer(
         device: where everything is made.
         compute: compute mode.
         storage: ``packed`` or ``expanded``.
+        share: as in :func:`~svdq_compile.testing.checkpoints.write_checkpoint`.
     """
     model = _empty(config)
-    plan = plan_checkpoint(config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype])
+    plan = plan_checkpoint(
+        config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype], share=share
+    )
     linears: dict[str, list[Planned]] = {}
     for tensor in plan:
         owner, _, leaf = tensor.key.rpartition(".")
@@ -57,6 +62,7 @@ def random_transformer(
         weight = SVDQWeight(parts, Fingerprint(tensors[0].spec, compute), dtype)
         weight = expand(weight) if storage == "expanded" else weight
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
+    mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
     return model.eval()
 
 
