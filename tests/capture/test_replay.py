@@ -99,7 +99,7 @@ def test_positional_arguments(model, captured):
 @pytest.mark.parametrize(
     "variant",
     [{"zero_cond_t": True}, {"use_additional_t_cond": True}, {"use_layer3d_rope": True}],
-    ids=lambda v: [*v][0],
+    ids=lambda v: next(iter(v)),
 )
 def test_variants(captured, variant):
     model = random_transformer(SMALL | variant)
