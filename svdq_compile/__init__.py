@@ -15,6 +15,8 @@ _HOME = {
     "save_checkpoint": "model.save",
     "patch": "model.patch",
     "verify": "verification",
+    "Denoising": "quality.denoise",
+    "DenoisingRun": "quality.denoise",
     "quantize": "quantization.api",
     "inspect": "inspection",
     "explain": "explanation",
