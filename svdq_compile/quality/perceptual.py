@@ -10,32 +10,31 @@ import torch
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load_lpips(device: torch.device | str = "cpu") -> tuple[Metric | None, str]:
+def load_lpips() -> tuple[Metric | None, str]:
     """LPIPS 0.1 with AlexNet, or why there is none.
 
     The package brings its own linear layers; AlexNet's weights come from torchvision, which would download them. They
     are used only if torch's hub cache has them already.
 
-    Args:
-        device: where the network runs.
-
     Returns:
-        A function of two batches (n, 3, h, w) in [0, 1] that gives (n,) distances in float64 on the CPU, and ``""``;
-        or None and the reason.
+        A function of two batches (n, 3, h, w) in [0, 1] on the CPU that gives (n,) distances in float64, and ``""``; or
+        None and the reason.
     """
     try:
         import lpips
         from torchvision.models import AlexNet_Weights
     except ImportError as error:
         return None, f"no package {error.name!r}: pip install lpips"
+    except RuntimeError as error:
+        # What a torchvision raises that was built for another torch.
+        return None, f"torchvision cannot be imported: {error}"
     weights = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(AlexNet_Weights.DEFAULT.url))
     if not os.path.isfile(weights):
         return None, f"no {weights}: download {AlexNet_Weights.DEFAULT.url}"
-    net = lpips.LPIPS(net="alex", verbose=False).to(device).requires_grad_(False)
+    net = lpips.LPIPS(net="alex", verbose=False).requires_grad_(False)
 
     def metric(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            x, y = (z.to(device, torch.float32) for z in (images, reference))
-            return net(x, y, normalize=True).double().flatten().cpu()
+            return net(images.float(), reference.float(), normalize=True).double().flatten()
 
     return metric, ""
