@@ -1,8 +1,8 @@
 """How long compilation takes in a process of its own, with empty caches and with full ones, and what recompiles.
 
-    python -m svdq_compile.bench.compile_time PLAN CONTENDER DEVICE
+    python -m svdq_compile.bench.compile_time PLAN CONTENDER DEVICE [first]
 
-measures one process and prints a line of JSON; plan and contender are JSON themselves.
+measures one process, or only its first forward, and prints a line of JSON; plan and contender are JSON themselves.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 """Environment variables that say where compiled code is kept."""
 
 
+FIRST = "first"
+
+
 def measure(plan: ForwardPlan, contender: Contender, device: str) -> dict[str, float]:
     """Two processes one after the other, the first with empty caches, the second with what it left.
+
+    Only the first goes on to another image size and another prompt length.
 
     Returns:
         Fields of :class:`~svdq_compile.bench.forward_report.Row`.
@@ -33,13 +38,13 @@ def measure(plan: ForwardPlan, contender: Contender, device: str) -> dict[str, f
         RuntimeError: a process failed; the message is the last line it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cold, warm = (_process(plan, contender, device, folder) for _ in range(2))
-    second = {name: value for name, value in cold.items() if name != "first_s"}
-    return {"cold_s": cold["first_s"], "warm_s": warm["first_s"], **second}
+        cold = _process(plan, contender, device, folder)
+        warm = _process(plan, contender, device, folder, FIRST)
+    return {"cold_s": cold.pop("first_s"), "warm_s": warm["first_s"], **cold}
 
 
-def _process(plan: ForwardPlan, contender: Contender, device: str, folder: str) -> dict[str, float]:
-    arguments = [json.dumps(dataclasses.asdict(plan)), json.dumps(dataclasses.asdict(contender)), device]
+def _process(plan: ForwardPlan, contender: Contender, device: str, folder: str, *more: str) -> dict[str, float]:
+    arguments = [json.dumps(dataclasses.asdict(plan)), json.dumps(dataclasses.asdict(contender)), device, *more]
     caches = {name: os.path.join(folder, name) for name in CACHES}
     command = [sys.executable, "-m", __spec__.name, *arguments]
     done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
@@ -56,7 +61,7 @@ def second_size(plan: ForwardPlan) -> tuple[int, int]:
     return height + PIXELS_PER_TOKEN, width
 
 
-def in_this_process(plan: ForwardPlan, contender: Contender, device: str) -> dict[str, float]:
+def in_this_process(plan: ForwardPlan, contender: Contender, device: str, only_first: bool) -> dict[str, float]:
     """Seconds of the first forward, of the first with another image size, and of the first with another prompt length.
 
     Returns:
@@ -80,6 +85,8 @@ def in_this_process(plan: ForwardPlan, contender: Contender, device: str) -> dic
             return time.perf_counter() - begin, counters["stats"]["unique_graphs"]
 
         first = seconds(plan.sizes[0], plan.text)
+        if only_first:
+            return {"first_s": first[0]}
         size = seconds(second_size(plan), plan.text)
         text = seconds(second_size(plan), 2 * plan.text)
     return {
@@ -96,6 +103,6 @@ def _plan(values: dict[str, Any]) -> ForwardPlan:
 
 
 if __name__ == "__main__":
-    given_plan, given_contender, given_device = sys.argv[1:]
-    found = in_this_process(_plan(json.loads(given_plan)), Contender(**json.loads(given_contender)), given_device)
-    print(json.dumps(found))
+    plan_json, contender_json, device_name, *rest = sys.argv[1:]
+    asked = _plan(json.loads(plan_json)), Contender(**json.loads(contender_json)), device_name
+    print(json.dumps(in_this_process(*asked, only_first=rest == [FIRST])))

@@ -15,12 +15,14 @@ from .. import _compat
 from ..ops.feed_forward import feed_forward as feed_forward_operator
 from ..ops.linear import linear as linear_operator
 from ..ops.linear_group import linear_group as linear_group_operator
-from . import feed_forward, group, linear
+from ..ops.modulated_norm import modulated_norm as modulated_norm_operator
+from . import feed_forward, group, linear, modulated_norm
 
 LOWERINGS = {
     linear_operator: linear.lower,
     linear_group_operator: group.lower,
     feed_forward_operator: feed_forward.lower,
+    modulated_norm_operator: modulated_norm.lower,
 }
 """Operator -> its lowering."""
 
@@ -31,11 +33,12 @@ _active: contextvars.ContextVar[bool] = contextvars.ContextVar("svdq_lowering", 
 def active() -> Iterator[None]:
     """Compiles our operators to kernels within the block."""
     install()
-    token = _active.set(True)
+    active, known = _active.set(True), modulated_norm.known.set({})
     try:
         yield
     finally:
-        _active.reset(token)
+        modulated_norm.known.reset(known)
+        _active.reset(active)
 
 
 def install() -> None:

@@ -8,15 +8,24 @@ from collections.abc import Collection, Mapping
 from torch import fx
 
 from .. import _compat
+from .attention_layout import attention_layout
 from .base import GraphPass, Report
 from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
+from .modulate import modulate
 from .real_rope import real_rope
 from .share_inputs import share_inputs
 
 log = logging.getLogger(__name__)
 
-PASSES: tuple[GraphPass, ...] = (real_rope, insert_linear, share_inputs, fuse_feed_forward)
+PASSES: tuple[GraphPass, ...] = (
+    real_rope,
+    attention_layout,
+    insert_linear,
+    share_inputs,
+    fuse_feed_forward,
+    modulate,
+)
 
 
 def rewrite(gm: fx.GraphModule, compute: str = "auto", skip: Collection[str] = ()) -> dict[str, Report]:

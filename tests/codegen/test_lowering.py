@@ -37,8 +37,8 @@ LAUNCHES_OF_A_BLOCK = {
 
 Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them. Without
 share_inputs: more activation kernels and GEMMs; in the mixed recipe, where modulations are not smoothed, theirs too.
-fuse_feed_forward saves the widest tensor rather than launches: the first GEMM stands for the second's
-activation kernel, but down-projections, if there are any, are summed by one more."""
+The others save tensors rather than launches: fuse_feed_forward's first GEMM stands for the second's activation kernel, but
+down-projections, if there are any, are summed by one more; modulate's norms leave their statistics."""
 
 
 class MLP(nn.Module):
@@ -219,4 +219,4 @@ def test_a_transformer_block(block):
 def test_what_each_pass_saves(block, skipped):
     recipe, *module = block
     code = generate(*module, options={"skip_passes": skipped})
-    assert len(launches(code)) == LAUNCHES_OF_A_BLOCK[recipe][skipped]
+    assert len(launches(code)) == LAUNCHES_OF_A_BLOCK[recipe].get(skipped, LAUNCHES_OF_A_BLOCK[recipe][""])

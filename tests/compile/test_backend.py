@@ -9,7 +9,9 @@ import torch
 import svdq_compile
 from svdq_compile._compat import FUNCTIONAL_LINEAR, CustomGraphPass
 from svdq_compile.errors import FingerprintError, OptionError, StrictError
+from svdq_compile.ops.feed_forward import feed_forward
 from svdq_compile.ops.linear import linear
+from svdq_compile.ops.linear_group import linear_group
 from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import example_inputs
 from svdq_compile.testing.graphs import RecordingBackend, unique_graphs
@@ -71,8 +73,10 @@ def test_every_quantised_linear_becomes_the_operator(model):
     recorder = RecordingBackend()
     run(torch.compile(model, backend=recorder, fullgraph=True))
     assert len(recorder.reports) == 1
-    assert recorder.count(linear) == 28
+    assert len(recorder.reports[0].matched) == 28
     assert len(recorder.reports[0].left) == recorder.count(FUNCTIONAL_LINEAR) == 6
+    # What else there is: 5 groups of 16 linears, and 4 feed-forward layers of 8.
+    assert (recorder.count(linear), recorder.count(linear_group), recorder.count(feed_forward)) == (4, 5, 4)
     formats = [match.fingerprint.spec.format for match in recorder.reports[0].matched]
     assert (formats.count(Format.NVFP4_SVD), formats.count(Format.NVFP4)) == (12, 16)
 

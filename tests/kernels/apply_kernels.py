@@ -20,8 +20,14 @@ from svdq_kernels.feed_forward import multiply_gelu_quantize
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move
 
+
+def prepare_modulated(x, s, t, down, operand, *modulation):
+    return prepare(x, s, t, down, operand, modulation=modulation)
+
+
 LAUNCHERS = {
     "prepare": prepare,
+    "prepare_modulated": prepare_modulated,
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
     "multiply_gelu_quantize": multiply_gelu_quantize,
