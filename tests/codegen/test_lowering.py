@@ -37,8 +37,8 @@ LAUNCHES_OF_A_BLOCK = {
 
 Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them. Without
 share_inputs: more activation kernels and GEMMs; in the mixed recipe, where modulations are not smoothed, theirs too.
-The others save tensors rather than launches: fuse_feed_forward's first GEMM stands for the second's activation kernel, but
-down-projections, if there are any, are summed by one more; modulate's norms leave their statistics."""
+The others save tensors rather than launches: fuse_feed_forward's first GEMM stands for the second's activation kernel,
+but down-projections, if there are any, are summed by one more; modulate's norms leave their statistics."""
 
 
 class MLP(nn.Module):
