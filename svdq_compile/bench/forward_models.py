@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import options
 from ..ops import modes
-from ..ops.weight import Fingerprint, SVDQWeight
+from ..ops.weight import SVDQWeight
 from ..spec import Format
 from ..testing.checkpoints import QWEN_IMAGE, SMALL, example_inputs
 from ..testing.random_model import dense_transformer, random_transformer
@@ -129,7 +129,7 @@ def drop_low_rank(model: nn.Module) -> None:
         format = Format.FP8_SVD if weight.spec.storage == "expanded" else Format.NVFP4
         spec = dataclasses.replace(weight.spec, format=format, rank=0)
         parts = {name: part for name, part in weight.parts().items() if name in spec.components()}
-        bare = SVDQWeight(parts, Fingerprint(spec, weight.fingerprint.compute), weight.dtype)
+        bare = SVDQWeight(parts, dataclasses.replace(weight.fingerprint, spec=spec), weight.dtype)
         module.weight = nn.Parameter(bare, requires_grad=False)
 
 

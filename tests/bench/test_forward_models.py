@@ -63,6 +63,7 @@ def test_without_low_rank_only_the_pair_is_missing(storage):
         expected = {name for name in with_pair.parts() if not name.startswith("lora_")}
         assert without.parts().keys() == expected
         assert without.fingerprint.compute == "fp8"
+        assert without.fingerprint.share == with_pair.fingerprint.share
         assert all(torch.equal(part, with_pair.parts()[name]) for name, part in without.parts().items())
     assert bare(**inputs_of(bare))[0].isfinite().all()
 

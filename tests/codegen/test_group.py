@@ -106,3 +106,28 @@ def test_skipping_the_pass():
 @pytest.mark.parametrize(("mode", "dtype"), [("modelopt", torch.bfloat16), ("fp8", torch.float32)])
 def test_what_no_kernel_takes_stays_the_operator(mode, dtype):
     assert "torch.ops.svdq.linear_group.default" in launches(generate(Projections(mode), dtype=dtype))
+
+
+class Modulations(nn.Module):
+    """The modulations of several blocks, which all read the time embedding."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Sequential(nn.SiLU(), self.linear()) for name in ("img_mod", "txt_mod")})
+            for _ in range(blocks)
+        )
+        mark_shared({name: m.weight for name, m in self.named_modules() if isinstance(m, nn.Linear)})
+
+    def linear(self):
+        return random_linear(384, 256, format=Format.NVFP4, compute="fp8")
+
+    def forward(self, temb):
+        return [part(temb) + 1 for block in self.blocks for part in block.values()]
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [(1, 1), (2, 1), (5, 3)])
+def test_modulations_are_read_four_at_a_launch(blocks, groups):
+    with fake_gpu((9, 0)):
+        code = compile_on_fake_gpu(Modulations(blocks), (torch.randn(1, 256, dtype=torch.bfloat16),), fullgraph=True)
+    assert stems(code) == groups * ["_prepare_kernel", "triton_tem"]
