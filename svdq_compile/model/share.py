@@ -120,7 +120,7 @@ def _kinds_differ(weights: Mapping[str, SVDQWeight], names: tuple[str, ...]) -> 
         if name not in weights:
             return f"{name} is not quantised"
         weight, first = weights[name], weights[names[0]]
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" or isinstance(weight.qweight, torch._subclasses.FakeTensor):
             return f"{name} has no data"
         if weight.device != first.device:
             return f"{name} is on another device"

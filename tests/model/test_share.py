@@ -102,6 +102,9 @@ def test_why_not(trio):
     assert keys(trio) == {""}
     (found,) = examine(weights(copy.deepcopy(trio).to("meta")))
     assert found.reason == "to_q has no data"
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = random_transformer(SMALL, rank=8)
+    assert keys(fake) == {""}
 
 
 KEEPS = {
