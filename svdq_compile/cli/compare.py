@@ -129,5 +129,5 @@ def loaded(
                 storage=options.storage,
             )
             present = candidate.checkpoint
-        prepare(pipe, options)
+            prepare(pipe, options)
         yield candidate

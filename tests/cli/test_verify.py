@@ -177,25 +177,117 @@ def test_random_inputs_run_every_variant(variant):
     assert verify(model, model, random_inputs(model, tokens=4)).model.error == 0.0
 
 
-def test_command(dense, tmp_path, capsys):
-    quantised = tmp_path / "quantised"
-    words = [str(dense), "--output", str(quantised), "--data-free", "--format", "nvfp4", "--blocks-kept", "1"]
+@pytest.fixture(scope="module")
+def quantised(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised") / "new"
+    words = [str(dense), "--output", str(folder), "--data-free", "--format", "nvfp4", "--blocks-kept", "1"]
     assert main(["quantize", *words, "--transformer-only", "--device", "cpu"]) == 0
-    capsys.readouterr()
+    return folder
+
+
+def test_command(dense, quantised, capsys):
     words = ["verify", str(quantised), "--against", str(dense), "--device", "cpu", "--tokens", "4"]
     results = {}
     for name, more in {"": [], "seed": ["--seed", "1"], "modelopt": ["--compute", "modelopt"]}.items():
         assert main([*words, "--json", "--layers", "transformer_blocks.1.*", *more]) == 0
-        results[name] = json.loads(capsys.readouterr().out)
+        data = json.loads(capsys.readouterr().out)
+        assert data["inputs"] == "random numbers"
+        assert "denoising" not in data
+        (results[name],) = data["comparisons"]
         assert len(results[name]["linears"]) == 14
         assert all(0.05 < row["error"] < 0.25 for row in results[name]["linears"])
-    assert results[""] != results["seed"]
-    assert results[""] != results["modelopt"]
+    assert results[""]["linears"] != results["seed"]["linears"]
+    assert results[""]["linears"] != results["modelopt"]["linears"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "34 more without any difference" in out
     assert "model: packed, " in out
     assert "reference: dense, " in out
+
+
+def test_several_checkpoints_in_several_modes(dense, quantised, capsys):
+    """Modes share the tensors of a checkpoint and give what they give alone; the summary has a line for each."""
+    # With fewer tokens fp8 computes as bf16 does.
+    words = ["verify", str(quantised), "--against", str(dense), "--device", "cpu", "--tokens", "8", "--json", "--brief"]
+    alone = {}
+    for mode in ("nvfp4", "fp8", "bf16"):
+        assert main([*words, "--compute", mode]) == 0
+        (alone[mode],) = json.loads(capsys.readouterr().out)["comparisons"]
+        assert "linears" not in alone[mode]
+    assert len({row["model"]["sqnr"] for row in alone.values()}) == 3
+    words.insert(2, str(dense))
+    assert main([*words, "--compute", "nvfp4,fp8,bf16"]) == 0
+    found = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [row["checkpoint"] for row in found] == [str(quantised)] * 3 + [str(dense)] * 3
+    assert found[:3] == list(alone.values())
+    assert {row["model"]["error"] for row in found[3:]} == {0.0}
+    words.remove("--json")
+    assert main([*words, "--compute", "nvfp4,bf16"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert heading.split() == ["checkpoint", "compute", "worst", "median", "best", "model"]
+    assert [line.split()[:2] for line in lines] == [
+        [path, mode] for path in map(str, (quantised, dense)) for mode in ("nvfp4", "bf16")
+    ]
+    summary = alone["nvfp4"]["summaries"][0]
+    shown = [summary["worst"], summary["median"], summary["best"], alone["nvfp4"]["model"]["sqnr"]]
+    assert lines[0].split()[2:] == [f"{value:.2f}" for value in shown]
+
+
+def test_a_mode_a_storage_cannot_have(dense, quantised, capsys):
+    words = ["verify", str(quantised), "--against", str(dense), "--device", "cpu", "--tokens", "4", "--brief"]
+    words += ["--storage", "expanded"]
+    assert main([*words, "--compute", "fp8,modelopt"]) == 0
+    fp8, skipped = capsys.readouterr().out.splitlines()[-2:]
+    assert fp8.split()[1] == "fp8"
+    assert skipped.split()[1:3] == ["modelopt", "skipped:"]
+    assert "needs the 4-bit codes" in skipped
+    assert main([*words, "--compute", "modelopt"]) == 1
+    assert "needs the 4-bit codes" in capsys.readouterr().err
+
+
+def test_summaries(x):
+    reference = Chain()
+    changed = scaled(scaled(reference, "first", 1.1), "second", 0.5)
+    (everything, *each) = verify(changed, reference, x).summaries
+    assert (everything.name, everything.count) == ("all", 2)
+    assert everything.worst == pytest.approx(20 * math.log10(2))
+    assert everything.best == pytest.approx(20)
+    assert everything.median == pytest.approx((everything.worst + everything.best) / 2)
+    assert [row.name for row in each] == ["first", "second"]
+    changed.first.weight.data[0, 0] = math.nan
+    assert verify(changed, reference, x).summaries[0].worst == -math.inf
+
+
+def test_summaries_of_blocks(dense):
+    reference = load_transformer(dense)
+    model = load_transformer(dense, quantize="nvfp4", blocks_kept=1)
+    result = verify(model, reference, random_inputs(reference, tokens=4))
+    everything, *each = result.summaries
+    assert everything.count == 14
+    assert {row.count for row in each} == {1}
+    assert "transformer_blocks.*.img_mlp.net.0.proj" in {row.name for row in each}
+    assert everything.worst == min(row.worst for row in each)
+
+
+def test_squares_of_several_calls_add_up():
+    class Bias(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+            self.linear.weight.data.fill_(1)
+            self.linear.bias.data.fill_(bias)
+
+        def forward(self, x):
+            return (self.linear(x),)
+
+    calls = [{"x": torch.full((1, 1), value)} for value in (1.0, 3.0)]
+    result = verify(Bias(1.0), Bias(0.0), calls)
+    for row in (*result.rows, result.model):
+        # Outputs 1 and 3, both off by 1.
+        assert row.error == pytest.approx(math.sqrt(2 / 10))
+        assert row.sqnr == pytest.approx(10 * math.log10(10 / 2))
+    with pytest.raises(OptionError, match="there are no inputs"):
+        verify(Bias(1.0), Bias(0.0), [])
 
 
 def test_storage_and_bytes(dense):
@@ -219,4 +311,4 @@ def test_command_against_another_dtype(dense, tmp_path, capsys):
     wide = tmp_path / "wide"
     load_transformer(dense, dtype=torch.float32).save_pretrained(wide)
     assert main(["verify", str(dense), "--against", str(wide), "--device", "cpu", "--tokens", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["error"] == 0.0
+    assert json.loads(capsys.readouterr().out)["comparisons"][0]["model"]["error"] == 0.0

@@ -1,4 +1,4 @@
-"""LPIPS through the package's own interface, and why there is none. The stand-ins have the signatures of lpips 0.1.4."""
+"""LPIPS through the interface of lpips 0.1.4, whose signatures the stand-ins have, and why there is none."""
 
 import sys
 import types
