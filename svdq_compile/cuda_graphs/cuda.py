@@ -77,7 +77,9 @@ class CudaGraphs:
 
         Raises:
             Refused: the function synchronises, copies from pageable memory, runs Inductor's own CUDA graphs, or CUDA
-                refused the capture. What the function itself raises while it warms up is raised as it is.
+                refused the capture.
+            torch.OutOfMemoryError: there is too little memory. What else the function itself raises while it warms
+            up is raised as it is.
         """
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
@@ -125,7 +127,7 @@ class CudaGraphs:
             outputs = function()
         except BaseException as error:
             self._abandon(graph)
-            if not isinstance(error, Exception):
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             raise Refused(f"{type(error).__name__} while capturing: {error}") from error
         try:
@@ -162,11 +164,12 @@ def synchronisations() -> Iterator[list[str]]:
     thread = threading.get_ident()
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.filterwarnings("always", message=SYNC_MESSAGE)
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         passed_on = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None):
-            if SYNC_MESSAGE not in str(message):
+            if not str(message).startswith(SYNC_MESSAGE):
                 passed_on(message, category, filename, lineno, file, line)
             elif threading.get_ident() == thread:
                 found.append(f"{os.path.basename(filename)}:{lineno}")
