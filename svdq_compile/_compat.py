@@ -68,6 +68,20 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def module_path(placeholder: torch.fx.Node) -> tuple[str, ...] | None:
+    """Names on the way to the parameter a placeholder of Dynamo's graph always is, from the outermost; None if unknown.
+
+    Dynamo fetches the placeholder's value from there at every call, so the path is a fact of the compiled code.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    if placeholder.op != "placeholder" or source is None:
+        return None
+    # A method up to torch 2.11, a property since.
+    text = source.name() if callable(source.name) else source.name
+    between = ("_modules", "_parameters", "__dict__")
+    return tuple(name for name in re.findall(r"\w+", text) if name not in between)
+
+
 UNKNOWN_SIZE = 4096
 """Stands for a size nothing is known of."""
 
@@ -148,6 +162,7 @@ __all__ = [
     "kernel_side_table",
     "list_mode_options",
     "lowerings",
+    "module_path",
     "register_lowering",
     "reset_cudagraph_trees",
     "size_hint",

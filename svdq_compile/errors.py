@@ -211,6 +211,16 @@ class FingerprintError(SvdqError, RuntimeError):
     """A weight in a traced graph does not look the way its fingerprint says."""
 
 
+class ShareError(SvdqError, RuntimeError):
+    """A copy into a quantised weight would make it differ from others that compiled code computes together with it."""
+
+    def __init__(self, part: str, share: str, spec: str) -> None:
+        super().__init__(
+            f"cannot copy another {part} into one of the weights {share} ({spec}), which have it in common.\n"
+            "  hint:   load all of them at once with load_into"
+        )
+
+
 class StrictError(SvdqError, RuntimeError):
     """``strict=True`` and something would take a slower path."""
 
