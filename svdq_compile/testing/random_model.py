@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..dtypes import DTYPE_NAMES
-from ..model.share import mark_shared
 from ..model.rope import move_tables
+from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
 from .checkpoints import SMALL
