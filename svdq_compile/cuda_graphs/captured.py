@@ -190,11 +190,17 @@ class Captured:
             self._evict()
         whole = self._own is not None or self._model is not unwrap(self._model)
         try:
-            entry: Entry | str = Entry(self._forward, None if whole else self._model, call, self._graphs)
+            entry: Entry | str | None = Entry(self._forward, None if whole else self._model, call, self._graphs)
             log.info("captured %s", entry.text)
         except Refused as refusal:
             # Not tried again on each call.
             entry = str(refusal)
+        except torch.OutOfMemoryError:
+            # The error holds what the forward had made; what follows runs after it is gone.
+            entry = None if self._entries else "too little memory to capture it"
+        if entry is None:
+            self.clear()
+            return self._capture(key, call, device)
         self._entries[key] = entry
         return entry
 

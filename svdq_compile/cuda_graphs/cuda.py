@@ -30,19 +30,21 @@ class Recording:
 
     Args:
         graph: the captured graph.
+        closed: called after it is given back.
         outputs: what the function returned; its tensors are in the pool and belong to the latest replay of any graph.
         nbytes: by how much the capture made the pool grow.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any, nbytes: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, closed: Callable[[], None], outputs: Any, nbytes: int) -> None:
         self.outputs, self.nbytes = outputs, nbytes
         self.replay = graph.replay
-        self._graph = graph
+        self._graph, self._closed = graph, closed
 
     def close(self) -> None:
         """Gives the graph back; its memory returns to the pool."""
         self.outputs = None
         self._graph.reset()
+        self._closed()
 
 
 class CudaGraphs:
@@ -56,7 +58,8 @@ class CudaGraphs:
         self.device = device
         self._stream = torch.cuda.Stream(device)
         self._last_replay = torch.cuda.Event()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._live = torch.cuda.graph_pool_handle(), 0
+        self._generator = torch.cuda.default_generators[device.index]
 
     @contextlib.contextmanager
     def ordered(self) -> Iterator[None]:
@@ -77,7 +80,9 @@ class CudaGraphs:
 
         Raises:
             Refused: the function synchronises, copies from pageable memory, runs Inductor's own CUDA graphs, or CUDA
-                refused the capture. What the function itself raises while it warms up is raised as it is.
+                refused the capture.
+            torch.OutOfMemoryError: there is too little memory. What else the function itself raises while it warms
+            up is raised as it is.
         """
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream()
@@ -94,9 +99,8 @@ class CudaGraphs:
         return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == self._pool)
 
     def renew(self) -> None:
-        """Starts a new pool, once every graph of the old one is closed, and gives the old one's memory back."""
+        """Gives the memory of the old pool back, once every graph of it is closed."""
         torch.cuda.synchronize(self.device)
-        self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
     def finish(self) -> None:
@@ -106,8 +110,11 @@ class CudaGraphs:
     def _warm_up(self, function: Callable[[], Any]) -> None:
         for _ in range(WARM_UPS):
             function()
+        drawn = self._generator.get_offset()
         with synchronisations() as found, cudagraph_tree_runs() as runs:
             function()
+        if self._generator.get_offset() != drawn:
+            raise Refused("it draws random numbers")
         if runs:
             raise Refused("torch.compile already runs it by CUDA graphs (mode='reduce-overhead'); compile without")
         if found:
@@ -115,44 +122,58 @@ class CudaGraphs:
 
     def _capture(self, function: Callable[[], Any]) -> Recording:
         graph = torch.cuda.CUDAGraph()
+        random = self._generator.clone_state()
         torch.cuda.synchronize(self.device)
         before = self.pool_nbytes()
         # A workspace cuBLAS keeps from outside could be freed under the graph; one it makes inside lies in the pool.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             outputs = function()
         except BaseException as error:
-            self._abandon(graph)
-            if not isinstance(error, Exception):
+            self._abandon(graph, random)
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             raise Refused(f"{type(error).__name__} while capturing: {error}") from error
         try:
             graph.capture_end()
         except RuntimeError as error:
-            self._forget(graph)
+            self._forget(random)
             raise Refused(f"CUDA refused the capture: {error}") from error
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        return Recording(graph, outputs, self.pool_nbytes() - before)
+        self._live += 1
+        return Recording(graph, self._closed, outputs, self.pool_nbytes() - before)
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _closed(self) -> None:
+        self._live -= 1
+        self._leave_empty_pool()
+
+    def _leave_empty_pool(self) -> None:
+        # The allocator serves a pool that has lost its last graph no more.
+        if not self._live:
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, random: torch.Generator) -> None:
+        """Ends a capture whose function raised."""
         try:
             graph.capture_end()
         except RuntimeError:
-            self._forget(graph)
+            self._forget(random)
         else:
             graph.reset()
+            self._leave_empty_pool()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
 
-    def _forget(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undoes what a failed ``capture_end`` leaves: the allocator still serves the pool, and counts the graph."""
+    def _forget(self, random: torch.Generator) -> None:
+        """Undoes what a failed ``capture_end`` leaves: the allocator serves the pool, the generator awaits an end."""
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
             torch._C._cuda_releasePool(self.device.index, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._generator.graphsafe_set_state(random)
+        self._leave_empty_pool()
 
 
 @contextlib.contextmanager
@@ -162,11 +183,12 @@ def synchronisations() -> Iterator[list[str]]:
     thread = threading.get_ident()
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.filterwarnings("always", message=SYNC_MESSAGE)
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         passed_on = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None):
-            if SYNC_MESSAGE not in str(message):
+            if not str(message).startswith(SYNC_MESSAGE):
                 passed_on(message, category, filename, lineno, file, line)
             elif threading.get_ident() == thread:
                 found.append(f"{os.path.basename(filename)}:{lineno}")

@@ -33,7 +33,7 @@ class Graphs(Protocol):
     """Where recordings come from; :class:`svdq_compile.cuda_graphs.cuda.CudaGraphs` is the real one."""
 
     def record(self, function: Callable[[], Any]) -> Recording:
-        """Warms a function up and records it; Refused if it cannot be."""
+        """Warms a function up and records it; Refused if it cannot be, OutOfMemoryError if there is no room."""
 
     def ordered(self) -> contextlib.AbstractContextManager:
         """What runs inside runs after what ran inside before."""

@@ -40,6 +40,7 @@ class FakeRecording:
 
     def replay(self) -> None:
         assert not self.closed, "a closed graph was replayed"
+        assert self._pool.depth == 1, "nothing orders this replay"
         for other in self._pool.recordings:
             other.poison()
         with self._pool.swapped(self._weights):
@@ -66,13 +67,16 @@ class FakeGraphs:
         model: whose weights recordings hold on to.
         sizes: bytes by which each recording makes the pool grow, in turn; the last one repeats.
         refuse: why recordings are refused, or None.
+        room: how many recordings there is memory for, or None.
     """
 
-    def __init__(self, model: nn.Module, sizes: tuple[int, ...] = (100,), refuse: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sizes: tuple[int, ...] = (100,), refuse: str | None = None, room: int | None = None
+    ) -> None:
         self.device = next(model.parameters()).device
         self.recordings: list[FakeRecording] = []
         self.recorded, self.renewed, self.depth = 0, 0, 0
-        self.refuse = refuse
+        self.refuse, self.room = refuse, room
         self._model, self._sizes = model, sizes
         self._held = 0
 
@@ -84,6 +88,8 @@ class FakeGraphs:
     def record(self, function: Callable[[], Any]) -> FakeRecording:
         for _ in range(WARM_UPS):
             function()
+        if self.room is not None and len(self.recordings) >= self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         if self.refuse is not None:
             raise Refused(self.refuse)
         nbytes = self._sizes[min(self.recorded, len(self._sizes) - 1)]

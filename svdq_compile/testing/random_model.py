@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..dtypes import DTYPE_NAMES
+from ..model.rope import move_tables
 from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
@@ -63,6 +64,7 @@ def random_transformer(
         weight = expand(weight) if storage == "expanded" else weight
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
     mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
+    move_tables(model, device)
     return model.eval()
 
 
@@ -80,6 +82,7 @@ def dense_transformer(
         tensor = Planned(name, DTYPE_NAMES[dtype], tuple(parameter.shape), "dense", name)
         made = nn.Parameter(random_tensor(tensor, seed, device), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, made)
+    move_tables(model, device)
     return model.eval()
 
 

@@ -1,6 +1,10 @@
-"""Captured models on the CPU, by graphs that re-execute."""
+"""Captured models on the CPU, by graphs that re-execute; a pipeline's denoising loop anywhere."""
+
+from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from svdq_compile.cuda_graphs.captured import install
 from svdq_compile.testing.fake_graphs import FakeGraphs
@@ -25,3 +29,36 @@ def captured():
     yield make
     for handle in handles:
         handle.release()
+
+
+@pytest.fixture
+def denoise():
+    """``denoise(transformer, seed, steps=20)``: latents of ``QwenImagePipeline`` with guidance.
+
+    Prompts are random and differ in length; the transformer has 64 input channels, which the pipeline packs 2 x 2.
+    """
+    demo = Path(__file__).parents[2] / "examples" / "demo" / "pipeline"
+
+    def run(transformer, seed, steps=20):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(demo, subfolder="scheduler")
+        pipe = QwenImagePipeline(
+            scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
+        )
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(seed)
+        prompts = {}
+        for name, text in (("prompt", 9), ("negative_prompt", 4)):
+            embeds = torch.randn(1, text, transformer.config.joint_attention_dim, generator=generator)
+            prompts[f"{name}_embeds"] = embeds.to(transformer.device, transformer.dtype)
+            prompts[f"{name}_embeds_mask"] = torch.ones(1, text, dtype=torch.long, device=transformer.device)
+        return pipe(
+            **prompts,
+            true_cfg_scale=4.0,
+            num_inference_steps=steps,
+            height=64,
+            width=96,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+
+    return run

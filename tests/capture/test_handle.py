@@ -110,6 +110,19 @@ def test_the_pool_goes_when_most_of_it_was_for_the_evicted(model, captured):
         assert_bits_equal(call(model, text), right)
 
 
+def test_too_little_memory_gives_the_others_up(model, captured):
+    expected = [call(model, text) for text in (5, 6, 7)]
+    handle, graphs = captured(model, strict=False, room=2)
+    for text, right in zip((5, 6, 7), expected):
+        assert_bits_equal(call(model, text), right)
+    assert len(graphs.recordings) == 1
+    assert handle.report().uncaptured == {}
+    handle.clear()
+    graphs.room = 0
+    assert_bits_equal(call(model), expected[0])
+    assert handle.report().uncaptured == {"too little memory to capture it": 1}
+
+
 def test_clear_captures_anew(model, captured):
     handle, graphs = captured(model)
     call(model)

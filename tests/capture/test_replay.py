@@ -198,3 +198,14 @@ def test_compiling_around_a_captured_model_compiles_the_model(model, captured, f
     _, graphs = captured(model)
     assert_bits_equal(torch.compile(model, backend="eager", fullgraph=True)(**inputs)[0], expected)
     assert graphs.recorded == 0
+
+
+def test_a_pipelines_denoising_loop_with_guidance(captured, denoise):
+    """Two prompt lengths in turn, under the pipeline's cache contexts."""
+    model = random_transformer(SMALL | {"in_channels": 64, "out_channels": 16})
+    expected = [denoise(model, seed, steps=4) for seed in range(2)]
+    handle, graphs = captured(model)
+    for seed, right in enumerate(expected):
+        assert_bits_equal(denoise(model, seed, steps=4), right)
+    assert graphs.recorded == 2
+    assert [shape.replays for shape in handle.report().shapes] == [8, 8]

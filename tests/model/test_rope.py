@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svdq_compile
@@ -29,7 +30,8 @@ def devices(model):
 def test_tables_follow_the_model(layered):
     """On fake tensors, so that there is a GPU to go to; ``meta`` would lose the values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = torch.nn.ModuleList([rope_model(layered).pos_embed])
+        kind = QwenEmbedLayer3DRope if layered else QwenEmbedRope
+        model = torch.nn.ModuleList([kind(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)])
         move_tables(model, "cuda:0")
         assert devices(model) == {"cuda:0"}
         model.to("cpu")
