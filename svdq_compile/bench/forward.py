@@ -13,7 +13,7 @@ from . import chart, report
 from .clocks import ClockMonitor, smi_name
 from .environment import block_text, environment
 from .forward_measure import Run, measure
-from .forward_models import config_of, contenders, pass_names
+from .forward_models import config_of, contenders
 from .forward_parts import Breakdown
 from .forward_plan import BF16, FP8, ForwardPlan
 from .forward_report import COMPILED, TIME_COLUMNS, Row, compile_table, differences, parts_table
@@ -85,8 +85,6 @@ def _conditions(plan: ForwardPlan, device: torch.device) -> str:
         "compiled": f"{how}, {sizes}",
         "method": f"{plan.repeats} {method}",
     }
-    if plan.ablate and not pass_names():
-        lines["passes"] = "none that can be switched off"
     return "\n".join(f"{name:16} {value}" for name, value in lines.items())
 
 

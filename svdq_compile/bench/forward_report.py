@@ -48,6 +48,7 @@ class Row:
         speedup_fp8: the same for torchao FP8.
         weights_gb: parameters and buffers.
         peak_gb: most memory allocated during a forward, weights included.
+        pool_gb: of a captured one, the pool of its graph.
         first_s: seconds until the first result, compilation included.
         graphs: that Dynamo compiled for it.
         cold_s: seconds of the first forward of a process whose caches of compiled code are empty.
@@ -92,6 +93,7 @@ class Row:
     speedup_fp8: float = NAN
     weights_gb: float = NAN
     peak_gb: float = NAN
+    pool_gb: float = NAN
     first_s: float = NAN
     graphs: float = NAN
     cold_s: float = NAN
@@ -144,6 +146,7 @@ TIME_COLUMNS: tuple[Column, ...] = (
     ("x fp8", 6, _number("speedup_fp8", 2)),
     ("weights GB", 10, _number("weights_gb", 2)),
     ("peak GB", 7, _number("peak_gb", 2)),
+    ("pool GB", 7, _number("pool_gb", 2)),
     ("first s", 7, _number("first_s", 1)),
     ("graphs", 6, _number("graphs", 0)),
     ("2 blocks", 8, _error("block_error")),
