@@ -16,7 +16,7 @@ from .forward_measure import Run, measure
 from .forward_models import config_of, contenders
 from .forward_parts import Breakdown
 from .forward_plan import BF16, FP8, ForwardPlan
-from .forward_report import COMPILED, TIME_COLUMNS, Row, compile_table, differences, parts_table
+from .forward_report import CAPTURED, COMPILED, TIME_COLUMNS, Row, compile_table, differences, fitted, parts_table
 from .report import FAILED, OK
 from .session import say
 from .stats import ratio
@@ -44,12 +44,13 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
         say(f"{block_text(block)}\n{_conditions(plan, device)}\n")
         output = None if file is None else report.CsvFile(file, block | {"attention": plan.attention}, Row)
         monitor = stack.enter_context(ClockMonitor(smi_name(device)))
-        say(report.header(TIME_COLUMNS))
+        columns = fitted(TIME_COLUMNS, (f"{contender.label} {CAPTURED}" for contender in found))
+        say(report.header(columns))
         rows: list[Row] = []
         for contender in found:
             for row in measure(Run(plan, device, monitor, lambda *kernels: _say_kernels(plan, *kernels)), contender):
                 rows.append(compared(row, rows))
-                say(report.table(rows[-1:], TIME_COLUMNS))
+                say(report.table(rows[-1:], columns))
                 if output is not None:
                     output.add(rows[-1:])
     for text in (parts_table(rows), differences(rows), compile_table(rows)):
