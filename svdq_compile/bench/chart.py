@@ -22,7 +22,7 @@ COLORS = {
 """Of the parts; what no part accounts for is time the GPU waited."""
 
 INK, GRID, PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)
-WIDTH, MARGIN, LABELS, VALUES = 1200, 24, 300, 150
+WIDTH, MARGIN, VALUES = 1200, 24, 150
 BAR, GAP, GROUP_GAP, LINE = 22, 8, 18, 30
 TEXT_SIZE = 15
 
@@ -47,7 +47,8 @@ def draw(rows: Iterable[Row], path: str) -> None:
     pen = ImageDraw.Draw(image)
     pen.text((MARGIN, MARGIN), _title(timed), INK, font)
     _legend(pen, MARGIN + LINE, font)
-    scale = (WIDTH - 2 * MARGIN - LABELS - VALUES) / max((row.p50_ms for row in timed), default=1.0)
+    left = MARGIN + 10 + round(max((font.getlength(row.label) for row in timed), default=0.0))
+    scale = (WIDTH - MARGIN - VALUES - left) / max((row.p50_ms for row in timed), default=1.0)
     y = MARGIN + 2 * LINE
     for size, group in groups.items():
         y += GROUP_GAP
@@ -55,7 +56,7 @@ def draw(rows: Iterable[Row], path: str) -> None:
         pen.text((MARGIN, y + 6), size, INK, font)
         y += LINE
         for row in group:
-            _bar(pen, row, y, scale, font)
+            _bar(pen, row, left, y, scale, font)
             y += BAR + GAP
     image.save(path, "PNG")
 
@@ -71,8 +72,7 @@ def segments(row: Row) -> Iterator[tuple[str, float]]:
     yield IDLE, max(0.0, row.p50_ms - busy)
 
 
-def _bar(pen: ImageDraw.ImageDraw, row: Row, y: int, scale: float, font) -> None:
-    left = MARGIN + LABELS
+def _bar(pen: ImageDraw.ImageDraw, row: Row, left: int, y: int, scale: float, font) -> None:
     pen.text((left - 10, y + BAR // 2), row.label, INK, font, anchor="rm")
     x = float(left)
     for part, ms in segments(row):

@@ -13,10 +13,10 @@ from . import chart, report
 from .clocks import ClockMonitor, smi_name
 from .environment import block_text, environment
 from .forward_measure import Run, measure
-from .forward_models import config_of, contenders, pass_names
+from .forward_models import config_of, contenders
 from .forward_parts import Breakdown
 from .forward_plan import BF16, FP8, ForwardPlan
-from .forward_report import COMPILED, TIME_COLUMNS, Row, compile_table, differences, parts_table
+from .forward_report import CAPTURED, COMPILED, TIME_COLUMNS, Row, compile_table, differences, fitted, parts_table
 from .report import FAILED, OK
 from .session import say
 from .stats import ratio
@@ -44,12 +44,13 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
         say(f"{block_text(block)}\n{_conditions(plan, device)}\n")
         output = None if file is None else report.CsvFile(file, block | {"attention": plan.attention}, Row)
         monitor = stack.enter_context(ClockMonitor(smi_name(device)))
-        say(report.header(TIME_COLUMNS))
+        columns = fitted(TIME_COLUMNS, (f"{contender.label} {CAPTURED}" for contender in found))
+        say(report.header(columns))
         rows: list[Row] = []
         for contender in found:
             for row in measure(Run(plan, device, monitor, lambda *kernels: _say_kernels(plan, *kernels)), contender):
                 rows.append(compared(row, rows))
-                say(report.table(rows[-1:], TIME_COLUMNS))
+                say(report.table(rows[-1:], columns))
                 if output is not None:
                     output.add(rows[-1:])
     for text in (parts_table(rows), differences(rows), compile_table(rows)):
@@ -85,8 +86,6 @@ def _conditions(plan: ForwardPlan, device: torch.device) -> str:
         "compiled": f"{how}, {sizes}",
         "method": f"{plan.repeats} {method}",
     }
-    if plan.ablate and not pass_names():
-        lines["passes"] = "none that can be switched off"
     return "\n".join(f"{name:16} {value}" for name, value in lines.items())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib
 import itertools
 import logging
 import time
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from ..cuda_graphs.captured import capture
 from . import compile_time, forward_models
 from .clocks import ClockMonitor
 from .forward_gate import References, against_eager, against_float64
@@ -198,15 +198,13 @@ def _timed(run: Run, row: Row, subject: Subject, forward: Callable[[], torch.Ten
 def _captured(run: Run, row: Row, subject: Subject, forward: Callable[[], torch.Tensor], expected) -> Row:
     """The same in one CUDA graph, whose result must have the same bits."""
     row = Row(**{name: getattr(row, name) for name in _IDENTITY}, how=CAPTURED, weights_gb=row.weights_gb)
-    capture = getattr(importlib.import_module(__package__.partition(".")[0]), "capture", None)
-    if capture is None:
-        return dataclasses.replace(row, status=SKIPPED, note="svdq_compile.capture is not available")
     handle = None
     try:
         begin = time.perf_counter()
         handle = capture(subject.model, strict=True)
         results = [forward().clone() for _ in range(2)]
-        row = dataclasses.replace(row, first_s=time.perf_counter() - begin)
+        first = time.perf_counter() - begin
+        row = dataclasses.replace(row, first_s=first, pool_gb=handle.report().pool_nbytes / 1e9)
         if not all(torch.equal(y, expected) for y in results):
             return dataclasses.replace(row, status=FAILED, note="the result differs from that outside the graph")
         return _timed(run, row, subject, forward)

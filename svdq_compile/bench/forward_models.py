@@ -76,7 +76,7 @@ def contenders(plan: ForwardPlan) -> list[Contender]:
 
 def pass_names() -> tuple[str, ...]:
     """The graph passes that ``options={"skip_passes": ...}`` can switch off."""
-    return tuple(getattr(options, "OPTIONAL_PASSES", ()))
+    return options.OPTIONAL_PASSES
 
 
 def config_of(plan: ForwardPlan, blocks: int | None = None) -> dict[str, Any]:

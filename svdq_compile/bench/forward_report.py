@@ -48,6 +48,7 @@ class Row:
         speedup_fp8: the same for torchao FP8.
         weights_gb: parameters and buffers.
         peak_gb: most memory allocated during a forward, weights included.
+        pool_gb: of a captured one, the pool of its graph.
         first_s: seconds until the first result, compilation included.
         graphs: that Dynamo compiled for it.
         cold_s: seconds of the first forward of a process whose caches of compiled code are empty.
@@ -92,6 +93,7 @@ class Row:
     speedup_fp8: float = NAN
     weights_gb: float = NAN
     peak_gb: float = NAN
+    pool_gb: float = NAN
     first_s: float = NAN
     graphs: float = NAN
     cold_s: float = NAN
@@ -144,6 +146,7 @@ TIME_COLUMNS: tuple[Column, ...] = (
     ("x fp8", 6, _number("speedup_fp8", 2)),
     ("weights GB", 10, _number("weights_gb", 2)),
     ("peak GB", 7, _number("peak_gb", 2)),
+    ("pool GB", 7, _number("pool_gb", 2)),
     ("first s", 7, _number("first_s", 1)),
     ("graphs", 6, _number("graphs", 0)),
     ("2 blocks", 8, _error("block_error")),
@@ -173,9 +176,16 @@ COMPILE_COLUMNS: tuple[Column, ...] = (
 )
 
 
+def fitted(columns: Sequence[Column], labels: Iterable[str]) -> tuple[Column, ...]:
+    """Columns whose second, the label, is wide enough for all labels."""
+    title, _, cell = columns[1]
+    return (columns[0], (title, -max(map(len, (title, *labels))), cell), *columns[2:])
+
+
 def parts_table(rows: Iterable[Row]) -> str:
     """Where each forward's time goes; empty if nothing was profiled."""
-    return _table_of([row for row in rows if not math.isnan(row.gpu_ms)], PART_COLUMNS)
+    found = [row for row in rows if not math.isnan(row.gpu_ms)]
+    return _table_of(found, fitted(PART_COLUMNS, (row.label for row in found)))
 
 
 def compile_table(rows: Iterable[Row]) -> str:
@@ -190,19 +200,16 @@ def _table_of(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 def differences(rows: Sequence[Row]) -> str:
     """What the variants of ours take less or more than the plain one: the low-rank branch, and each pass."""
     plain = {_key(row): row for row in rows if row.status == OK and not row.variant}
-    lines = []
-    for row in rows:
-        base = plain.get(_key(row))
-        if not row.variant or base is None or row.status != OK:
-            continue
-        change = ratio(row.p50_ms - base.p50_ms, base.p50_ms)
-        launches = row.launches_per_block - base.launches_per_block
-        lines.append(
-            f"{row.size:9}  {row.label:44}  {number(row.p50_ms - base.p50_ms, 2):>9}  {number(100 * change, 1):>6}  "
-            f"{number(launches, 1):>12}"
-        )
-    title = f"{'size':9}  {'switched off':44}  {'change ms':>9}  {'%':>6}  {'launches/blk':>12}"
-    return "\n".join([title, *lines]) if lines else ""
+    found = [(row, plain.get(_key(row))) for row in rows if row.variant and row.status == OK]
+    pairs = [(row, base) for row, base in found if base is not None]
+    width = max((len(row.label) for row, _ in pairs), default=0)
+    lines = [f"{'size':9}  {'switched off':{width}}  {'change ms':>9}  {'%':>6}  {'launches a block':>16}"]
+    for row, base in pairs:
+        change = row.p50_ms - base.p50_ms
+        numbers = f"{number(change, 2):>9}  {number(100 * ratio(change, base.p50_ms), 1):>6}"
+        launches = number(row.launches_per_block - base.launches_per_block, 1)
+        lines.append(f"{row.size:9}  {row.label:{width}}  {numbers}  {launches:>16}")
+    return "\n".join(lines) if pairs else ""
 
 
 def _key(row: Row) -> tuple:

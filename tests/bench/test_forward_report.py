@@ -34,6 +34,8 @@ def test_columns_line_up():
         end = lines[0].index("p50 ms") + len("p50 ms")
         assert [line[:end].split()[-1] for line in lines[1:]] == ["100.00", "FAILED", "50.00"]
     assert report.table(rows[1:2], reports.TIME_COLUMNS).endswith("wrong")
+    wide = reports.fitted(reports.TIME_COLUMNS, ["a label of some length"])
+    assert report.header(wide).index("p20 ms") == report.header(reports.TIME_COLUMNS).index("p20 ms") - 6
     assert rows[2].label == "svdq fp8 packed captured"
 
 
@@ -98,9 +100,10 @@ def test_the_chart_has_a_bar_a_row_as_long_as_its_time(tmp_path):
     with Image.open(tmp_path / "chart.png") as image:
         assert image.format == "PNG"
         picture = image.convert("RGB")
-    scale = (chart.WIDTH - 2 * chart.MARGIN - chart.LABELS - chart.VALUES) / 200.0
     below_legend = range(chart.MARGIN + 2 * chart.LINE, picture.height)
     counts = {color: {runs(picture, y, color) for y in below_legend} - {0} for color in chart.COLORS.values()}
+    scale = max(counts[chart.COLORS[LINEARS]]) / 120
+    assert 3 < scale < 5
     # Each length that occurs is one of the rows' own, to a pixel.
     expected = {LINEARS: (120, 50), ATTENTION: (60, 30), QUANTISE: (10,), chart.IDLE: (5, 40)}
     for part, lengths in expected.items():

@@ -3,12 +3,13 @@
 import csv
 import json
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 from PIL import Image
 
-import svdq_compile
 from svdq_compile import options
 from svdq_compile.bench import clocks, compile_time, forward_measure, forward_models
 from svdq_compile.bench import forward_plan as plans
@@ -111,8 +112,8 @@ def test_an_error_of_ours_fails_the_run(monkeypatch, tmp_path):
 
 
 def test_a_peer_that_is_not_installed_is_a_row_with_the_reason(uncompiled, monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
-    monkeypatch.setitem(__import__("sys").modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     assert main([*TINY, *FP8, "--csv", str(tmp_path / "rows.csv")]) == 0
     bf16, torchao, ours = rows_of(tmp_path / "rows.csv")
     assert (torchao["status"], torchao["p50_ms"]) == ("-", "")
@@ -123,7 +124,7 @@ def test_a_peer_that_is_not_installed_is_a_row_with_the_reason(uncompiled, monke
 
 
 def test_variants_are_rows_and_differences(uncompiled, monkeypatch, capsys):
-    monkeypatch.setattr(options, "OPTIONAL_PASSES", ("real_rope",), raising=False)
+    monkeypatch.setattr(options, "OPTIONAL_PASSES", ("real_rope",))
     assert main([*TINY, *FP8, "--peers", "none", "--lora-cost", "--ablate"]) == 0
     lines = capsys.readouterr().out.splitlines()
     switched_off = lines[next(i for i, line in enumerate(lines) if "switched off" in line) + 1 :]
@@ -135,6 +136,9 @@ class Handle:
         self.model, self.change, self.released = model, change, False
         self.own = model.forward
         model.forward = lambda **inputs: (self.own(**inputs)[0] + change,)
+
+    def report(self):
+        return types.SimpleNamespace(pool_nbytes=5e8)
 
     def release(self):
         self.model.forward, self.released = self.own, True
@@ -149,10 +153,11 @@ def test_a_captured_model_must_give_the_same_bits(uncompiled, monkeypatch, chang
         handles.append(Handle(model, change))
         return handles[0]
 
-    monkeypatch.setattr(svdq_compile, "capture", capture, raising=False)
+    monkeypatch.setattr(forward_measure, "capture", capture)
     row, captured = captured_rows()
     assert (row.status, captured.status, captured.how) == ("ok", status, "captured")
     assert (captured.p50_ms > 0) == (status == "ok")
+    assert captured.pool_gb == 0.5
     assert handles[0].released
 
 
