@@ -14,6 +14,7 @@ _HOME = {
     "set_compute": "model.load",
     "save_checkpoint": "model.save",
     "patch": "model.patch",
+    "capture": "cuda_graphs.captured",
     "verify": "verification",
     "quantize": "quantization.api",
     "inspect": "inspection",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._inductor import config as inductor_config
 from torch._inductor import ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+from torch._inductor.cudagraph_trees import CUDAGraphTreeManager, reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import (
@@ -66,6 +68,20 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def module_path(placeholder: torch.fx.Node) -> tuple[str, ...] | None:
+    """Names on the way to the parameter a placeholder of Dynamo's graph always is, from the outermost; None if unknown.
+
+    Dynamo fetches the placeholder's value from there at every call, so the path is a fact of the compiled code.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    if placeholder.op != "placeholder" or source is None:
+        return None
+    # A method up to torch 2.11, a property since.
+    text = source.name() if callable(source.name) else source.name
+    between = ("_modules", "_parameters", "__dict__")
+    return tuple(name for name in re.findall(r"\w+", text) if name not in between)
+
+
 UNKNOWN_SIZE = 4096
 """Stands for a size nothing is known of."""
 
@@ -83,6 +99,23 @@ def at_most(size: sympy.Expr | int, limit: int) -> bool:
 def tunes_gemms() -> bool:
     """Whether the user asked for GEMMs to be chosen by measurement (``mode="max-autotune"``)."""
     return inductor_config.max_autotune or inductor_config.max_autotune_gemm
+
+
+@contextlib.contextmanager
+def cudagraph_tree_runs() -> Iterator[list[object]]:
+    """Collects the calls Inductor's own CUDA graphs (``mode="reduce-overhead"``) serve meanwhile, in any thread."""
+    runs: list[object] = []
+    run = CUDAGraphTreeManager._run
+
+    def watched(manager, new_inputs, function_id):
+        runs.append(function_id)
+        return run(manager, new_inputs, function_id)
+
+    CUDAGraphTreeManager._run = watched
+    try:
+        yield runs
+    finally:
+        CUDAGraphTreeManager._run = run
 
 
 def template_call(
@@ -122,12 +155,14 @@ __all__ = [
     "ceildiv",
     "check_torch",
     "compile_fx",
+    "cudagraph_tree_runs",
     "fallback_handler",
     "inductor_config",
     "ir",
     "kernel_side_table",
     "list_mode_options",
     "lowerings",
+    "module_path",
     "register_lowering",
     "reset_cudagraph_trees",
     "size_hint",

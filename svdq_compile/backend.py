@@ -1,4 +1,4 @@
-"""The ``svdq`` backend of ``torch.compile``: our pass on Dynamo's graph, then Inductor.
+"""The ``svdq`` backend of ``torch.compile``: our passes on Dynamo's graph, then Inductor.
 
 Dynamo finds :func:`svdq` through the ``torch_dynamo_backends`` entry point; nothing needs to be imported first.
 """
@@ -13,11 +13,11 @@ from torch import fx
 
 from . import _compat, options
 from .errors import StrictError
-from .lowering.linear import active
+from .lowering.registry import active
 from .lowering.select import select
 from .ops.native import has_native_fp4
-from .passes.base import SourceKeyed
-from .passes.insert_linear import Report, insert_linear
+from .passes.base import Report, SourceKeyed
+from .passes.pipeline import rewrite, wanted_settings
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,17 @@ def svdq(
     """
     _compat.check_torch()
     ours, patches = parse_options(mode, options)
-    report = insert_linear(gm, ours.compute)
-    _log_report(report)
+    reports = rewrite(gm, ours.compute, ours.skipped)
+    patches |= wanted_settings(reports, patches)
+    report = reports["insert_linear"]
+    _log_choices(report)
     for device in {match.device for match in report.matched}:
         # May run a kernel, which the lowering must not.
         has_native_fp4(device)
     if ours.strict:
         refuse_slower_paths(report)
     previous = patches.get("post_grad_custom_pre_pass", _compat.inductor_config.post_grad_custom_pre_pass)
-    patches["post_grad_custom_pre_pass"] = SourceKeyed(previous, len(report.matched))
+    patches["post_grad_custom_pre_pass"] = SourceKeyed(previous, len(report.matched), ours.skipped)
     with active():
         return _compat.compile_fx(gm, list(example_inputs), config_patches=patches)
 
@@ -71,8 +73,7 @@ def refuse_slower_paths(report: Report) -> None:
         raise StrictError(f"strict: {len(slower)} linears would take a slower path\n" + "\n".join(lines))
 
 
-def _log_report(report: Report) -> None:
-    log.info("%s", report.summary().splitlines()[0])
+def _log_choices(report: Report) -> None:
     for match in report.matched:
         choice = select(match.fingerprint, match.device, match.dtype)
         log.debug("%s: %s -> %s (%s)", match.node, match.fingerprint.spec.describe(), choice.kernel, choice.reason)

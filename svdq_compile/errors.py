@@ -211,8 +211,39 @@ class FingerprintError(SvdqError, RuntimeError):
     """A weight in a traced graph does not look the way its fingerprint says."""
 
 
+class ShareError(SvdqError, RuntimeError):
+    """A copy into a quantised weight would make it differ from others that compiled code computes together with it."""
+
+    def __init__(self, part: str, share: str, spec: str) -> None:
+        super().__init__(
+            f"cannot copy another {part} into one of the weights {share} ({spec}), which have it in common.\n"
+            "  hint:   load all of them at once with load_into"
+        )
+
+
 class StrictError(SvdqError, RuntimeError):
     """``strict=True`` and something would take a slower path."""
+
+
+class CaptureError(SvdqError, RuntimeError):
+    """A forward cannot be captured as a CUDA graph.
+
+    Args:
+        what: one clause that says what is wrong.
+        found: what stands in the way.
+        hint: what the reader can do.
+    """
+
+    hint = "Captured.report() counts the calls that run uncaptured, and says why"
+
+    def __init__(self, what: str, *, found: str, hint: str = "") -> None:
+        super().__init__(f"{what}\n  found:  {found}\n  hint:   {hint or type(self).hint}")
+
+
+class OffloadError(CaptureError):
+    """A model whose weights move between devices cannot be captured."""
+
+    hint = "keep the transformer on the GPU (pipe.to('cuda'); packed weights are small), or do not capture it"
 
 
 class OptionError(SvdqError, ValueError):

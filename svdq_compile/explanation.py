@@ -10,6 +10,7 @@ from .lowering.select import select
 from .model.bind import unwrap
 from .ops.modes import resolve
 from .ops.weight import SVDQWeight
+from .passes.pipeline import PASSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Every linear of a model, in the model's order. ``str()`` is a table that groups equal rows."""
+    """Every linear of a model, in the model's order, and the graph passes ``backend="svdq"`` has.
+
+    ``str()`` is a table that groups equal rows.
+    """
 
     rows: tuple[Row, ...]
 
+    @property
+    def passes(self) -> dict[str, str]:
+        """Name -> what it does, in the order they run."""
+        return {each.name: each.does for each in PASSES}
+
     def to_dict(self) -> dict:
         """Plain data for JSON."""
-        return {"linears": [dataclasses.asdict(row) for row in self.rows]}
+        return {"linears": [dataclasses.asdict(row) for row in self.rows], "passes": self.passes}
 
     def __str__(self) -> str:
         groups: dict[tuple, list[Row]] = {}
@@ -55,7 +64,8 @@ class Explanation:
             lines.append(f"{len(rows)} x {format}{how}: {kernel}, {total:.1f} MB ({reason})")
             shown = [f"{r.name} {r.in_features}->{r.out_features}" for r in rows[:3]]
             lines.append(f"    {', '.join(shown)}{', ...' if len(rows) > 3 else ''}")
-        return "\n".join(lines) or "no linears"
+        lines = lines or ["no linears"]
+        return "\n".join([*lines, "passes:", *(f"    {name}: {does}" for name, does in self.passes.items())])
 
 
 def explain(model: nn.Module) -> Explanation:

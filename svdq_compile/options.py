@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from . import _compat
 from .errors import OptionError
 from .ops.modes import COMPUTE_MODES
+from .passes.pipeline import PASSES
+
+OPTIONAL_PASSES = tuple(each.name for each in PASSES if each.optional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +21,18 @@ class Options:
     Args:
         strict: raise where a quantised linear would be computed by anything slower than our kernels.
         compute: mode (:data:`svdq_compile.ops.modes.COMPUTE_MODES`) of the weights whose own is ``auto``.
+        skip_passes: names of optional passes (:data:`svdq_compile.passes.pipeline.PASSES`) to leave out, separated by
+            commas; to measure what each buys.
     """
 
     strict: bool = False
     compute: str = "auto"
+    skip_passes: str = ""
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The names in ``skip_passes``."""
+        return frozenset(filter(None, (name.strip() for name in self.skip_passes.split(","))))
 
 
 def parse(mode: str | None, options: Mapping[str, object] | None) -> tuple[Options, dict[str, object]]:
@@ -50,6 +61,8 @@ def parse(mode: str | None, options: Mapping[str, object] | None) -> tuple[Optio
                 raise OptionError(f"option {given!r} is {value!r}, needs a {type(fields[name].default).__name__}")
             if name == "compute" and value not in COMPUTE_MODES:
                 raise OptionError(f"option compute={value!r}, needs one of {', '.join(COMPUTE_MODES)}")
+            if name == "skip_passes":
+                _check_passes(value)
             ours[name] = value
         elif name in known:
             if known[name] is not None and value is not None and type(value) is not type(known[name]):
@@ -61,6 +74,16 @@ def parse(mode: str | None, options: Mapping[str, object] | None) -> tuple[Optio
                 f"svdq's own: {', '.join(fields)}; all of torch._inductor.config's are accepted too"
             )
     return Options(**ours), patches
+
+
+def _check_passes(value: str) -> None:
+    for name in sorted(Options(skip_passes=value).skipped):
+        if name not in OPTIONAL_PASSES:
+            needed = any(name == each.name for each in PASSES)
+            what = "which cannot be left out" if needed else f"which is no pass{_nearest(name, OPTIONAL_PASSES)}"
+            raise OptionError(
+                f"option skip_passes={value!r} names {name!r}, {what}; optional: {', '.join(OPTIONAL_PASSES)}"
+            )
 
 
 def _nearest(name: str, known) -> str:

@@ -18,6 +18,7 @@ LAYERS = {
     "passes": {"spec", "errors", "_compat", "ops", "passes"},
     "lowering": {"spec", "errors", "dtypes", "_compat", "ops", "lowering", "svdq_kernels"},
     "model": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
+    "cuda_graphs": {"errors", "_compat", "model", "cuda_graphs"},
     "quantization": {"spec", "errors", "dtypes", "checkpoint", "ops", "model", "quantization"},
     "spec": set(),
     "errors": set(),

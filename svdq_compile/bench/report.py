@@ -7,7 +7,7 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 from .plan import LARGE, MAIN_SHAPES
 from .stats import geometric_mean, number, ratio
@@ -92,7 +92,7 @@ class Row:
         return "; ".join(part for part in (unusual, self.note) if part)
 
 
-Column = tuple[str, int, Callable[[Row], str]]
+Column = tuple[str, int, Callable[[Any], str]]
 """Title, width and cell; a negative width aligns left."""
 
 
@@ -143,7 +143,7 @@ def header(columns: Sequence[Column]) -> str:
     return line((title for title, _, _ in columns), columns)
 
 
-def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
+def table(rows: Iterable[Any], columns: Sequence[Column]) -> str:
     """One line a row, without titles."""
     return "\n".join(line((cell(row) for _, _, cell in columns), columns) for row in rows)
 
@@ -154,16 +154,17 @@ class CsvFile:
     Args:
         file: open for writing.
         environment: columns every row gets, after its own.
+        kind: the rows' dataclass.
     """
 
-    def __init__(self, file: IO[str], environment: Mapping[str, str]):
+    def __init__(self, file: IO[str], environment: Mapping[str, str], kind: type = Row):
         self._file, self._environment = file, environment
-        names = [field.name for field in dataclasses.fields(Row)] + list(environment)
+        names = [field.name for field in dataclasses.fields(kind)] + list(environment)
         self._writer = csv.DictWriter(file, names, lineterminator="\n")
         self._writer.writeheader()
         file.flush()
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Iterable[Any]) -> None:
         """Writes rows; NaN becomes an empty cell."""
         for row in rows:
             cells = dataclasses.asdict(row) | dict(self._environment)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .. import __version__
 from ..errors import SvdqError
@@ -54,12 +54,20 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(subparsers)
-    for command in (parser, *subparsers.choices.values()):
+    for command in _with_children(parser):
         # Without SUPPRESS a subcommand's default would undo the flag given before it.
         off = {"action": "store_true", "default": argparse.SUPPRESS}
         command.add_argument("-v", "--verbose", help="log what is being done", **off)
         command.add_argument("--debug", help="show the traceback of an error", **off)
     return parser
+
+
+def _with_children(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _with_children(child)
 
 
 def _log_to_stderr() -> None:

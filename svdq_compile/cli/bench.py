@@ -1,4 +1,4 @@
-"""svdq-compile bench: the operator's speed on this GPU, next to dense BF16 and FP8 linears.
+"""svdq-compile bench: speed on this GPU, of one quantised linear or of a whole transformer.
 
 Every result is compared with the specification before it is timed; a wrong one is FAILED and the exit code 1.
 """
@@ -6,67 +6,15 @@ Every result is compared with the specification before it is timed; a wrong one 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
-from ..bench.plan import FLUSHES, MODES, SHAPES, TOKENS, Plan, listed, one_of, parse_shape
-from ..spec import STORAGES
-from .common import add_device, pick_device, positive
+from . import bench_forward, bench_linear
 
-PARTS_TOKENS = (4096, 6889)
+BENCHMARKS = (bench_linear, bench_forward)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds this subcommand."""
-    parser = subparsers.add_parser("bench", help="speed of a quantised linear on this GPU", description=__doc__)
-    add = parser.add_argument
-    add("what", choices=("linear",), help="linear: one svdq::linear at the shapes of Qwen-Image")
-    add("--parts", action="store_true", help="time the stages of the operator instead of it and its peers")
-    add("--shapes", type=listed(parse_shape), metavar="INxOUT,...", help=f"in and out features ({_shapes(SHAPES)})")
-    add("--tokens", type=listed(positive), metavar="M,...", help=f"rows of the activation ({_numbers(TOKENS)})")
-    add("--modes", type=listed(one_of(MODES)), metavar="MODE,...", help=f"compute modes ({','.join(MODES)})")
-    add("--storage", type=listed(one_of(STORAGES)), metavar="STORAGE,...", help=f"weights ({','.join(STORAGES)})")
-    add("--rank", type=_rank, default=Plan.rank, metavar="R", help=f"low-rank columns, 0 for none ({Plan.rank})")
-    add("--dynamic", action="store_true", help="activation scales per token, not calibrated ones")
-    add("--repeats", type=positive, default=Plan.rounds, metavar="N", help=f"turns of each candidate ({Plan.rounds})")
-    add("--flush", choices=FLUSHES, default=Plan.flush, help="how the L2 cache is emptied (read)")
-    add("--csv", metavar="FILE", help="also write every measurement there")
-    add_device(parser)
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measures and prints."""
-    from ..bench.session import run as measure
-
-    return measure(make_plan(args), pick_device(args.device))
-
-
-def make_plan(args: argparse.Namespace) -> Plan:
-    """What the arguments ask for; ``--parts`` is about large linears unless ``--tokens`` says otherwise."""
-    given = {
-        "shapes": args.shapes,
-        "tokens": args.tokens or (PARTS_TOKENS if args.parts else None),
-        "modes": args.modes,
-        "storages": args.storage,
-    }
-    plan = Plan(
-        rank=args.rank,
-        dynamic=args.dynamic,
-        parts=args.parts,
-        rounds=args.repeats,
-        flush=args.flush,
-        csv=args.csv,
-    )
-    return dataclasses.replace(plan, **{name: value for name, value in given.items() if value is not None})
-
-
-def _rank(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def _numbers(values: tuple[int, ...]) -> str:
-    return ",".join(str(value) for value in values)
-
-
-def _shapes(shapes: tuple[tuple[int, int], ...]) -> str:
-    return ",".join(f"{k}x{n}" for k, n in shapes)
+    parser = subparsers.add_parser("bench", help="speed of quantised linears on this GPU", description=__doc__)
+    benchmarks = parser.add_subparsers(required=True, metavar="WHAT")
+    for module in BENCHMARKS:
+        module.add_parser(benchmarks)

@@ -79,3 +79,8 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def rank(text: str) -> int:
+    """An argparse type: columns of a low-rank pair, zero or more."""
+    return 0 if text == "0" else positive(text)

@@ -25,7 +25,8 @@ def read_config(
     """The options a YAML file gives, converted like those of the command line.
 
     Args:
-        file: a mapping from long option names, with dashes or underscores, to single values.
+        file: a mapping from long option names, with dashes or underscores, to single values; ``true`` or ``false``
+            for an option that takes none.
         add_options: adds the known options to a parser.
 
     Returns:
@@ -40,6 +41,7 @@ def read_config(
     parser = _OptionParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     add_options(parser)
     known = [action.dest for action in parser._actions]
+    flags = [action.dest for action in parser._actions if action.nargs == 0]
     try:
         data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -57,7 +59,11 @@ def read_config(
             raise OptionError(f"{os.fspath(file)}: unknown key {str(key)!r}; {hint}")
         if not isinstance(value, (str, int, float)):
             raise OptionError(f"{os.fspath(file)}: {key} is {value!r}, needs a single value")
-        words.append(f"--{name.replace('_', '-')}={value}")
+        option = f"--{name.replace('_', '-')}"
+        if name in flags and isinstance(value, bool):
+            words += [option] * value
+        else:
+            words.append(f"{option}={value}")
     try:
         return vars(parser.parse_args(words))
     except OptionError as error:

@@ -39,6 +39,7 @@ DEFAULTS = {
     "compile": "none",
     "backend": "svdq",
     "mode": None,
+    "capture": False,
     "compute": "auto",
     "storage": "packed",
     "attention": None,
@@ -82,6 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", choices=("none", "regional", "whole"), help="what of the transformer to compile (none)")
     add("--backend", metavar="NAME", help="backend of torch.compile (svdq)")
     add("--mode", choices=MODES, help="mode of torch.compile")
+    add("--capture", action="store_true", help="run the transformer as CUDA graphs, one for each input shape")
     add("--compute", choices=COMPUTE_MODES, help="arithmetic of quantised linears (auto: by device)")
     add("--storage", choices=STORAGES, help="quantised weights as in the file, or NVFP4 ones as FP8 (packed)")
     add("--attention", metavar="NAME", help="attention backend of diffusers, such as _native_cudnn")
@@ -153,7 +155,7 @@ def check_backend(options: argparse.Namespace) -> None:
 
 
 def prepare(pipe: DiffusionPipeline, options: argparse.Namespace) -> None:
-    """Sets the attention backend and marks the transformer for compilation."""
+    """Sets the attention backend, marks the transformer for compilation and, last, captures it."""
     if options.attention is not None:
         with _as_option_error("--attention"):
             pipe.transformer.set_attention_backend(options.attention)
@@ -162,6 +164,10 @@ def prepare(pipe: DiffusionPipeline, options: argparse.Namespace) -> None:
         pipe.transformer.compile_repeated_blocks(fullgraph=True, **how)
     elif options.compile == "whole":
         pipe.transformer.compile(**how)
+    if options.capture:
+        from ..cuda_graphs.captured import capture
+
+        capture(pipe.transformer)
 
 
 def draw(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[Path]:

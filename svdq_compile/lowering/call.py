@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import sympy
@@ -19,6 +20,24 @@ MANY = max(GEMV_TOKENS + 1, FP8_MIN_TOKENS)
 """Least tokens that no special rule is for."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Unwritten:
+    """Stands for the activation of a linear whose operand is made without it ever being in memory."""
+
+    size: tuple[sympy.Expr | int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def get_size(self) -> tuple[sympy.Expr | int, ...]:
+        return self.size
+
+    def get_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def get_device(self) -> torch.device:
+        return self.device
+
+
 class Call:
     """One call: its operands (the operator's arguments, tensors as TensorBox), sizes, and plan.
 
@@ -27,7 +46,7 @@ class Call:
         in_features, out_features, rank: K, N, R.
         packed: whether the weight is 4 bits.
         capability: of the device.
-        plan: the kernels that compute it.
+        facts, plan: the kernels that compute it, and what they depend on.
     """
 
     def __init__(
@@ -59,20 +78,19 @@ class Call:
         self.dtype: torch.dtype = x.get_dtype()
         self.device: torch.device = x.get_device()
         self.capability = capability(self.device)
-        self.plan = plan(
-            Facts(
-                mode=resolve(compute, Format.NVFP4 if self.packed else Format.FP8, self.device),
-                capability=self.capability,
-                native=has_native_fp4(self.device),
-                weight=qweight.get_dtype(),
-                activation=self.dtype,
-                in_features=self.in_features,
-                tokens=self.hint,
-                rank=self.rank,
-                low_rank=self.lora_down.get_dtype() if self.rank else None,
-                scale_is_one_value=input_scale is None or math.prod(input_scale.get_size()) == 1,
-            )
+        self.facts = Facts(
+            mode=resolve(compute, Format.NVFP4 if self.packed else Format.FP8, self.device),
+            capability=self.capability,
+            native=has_native_fp4(self.device),
+            weight=qweight.get_dtype(),
+            activation=self.dtype,
+            in_features=self.in_features,
+            tokens=self.hint,
+            rank=self.rank,
+            low_rank=self.lora_down.get_dtype() if self.rank else None,
+            scale_is_one_value=input_scale is None or math.prod(input_scale.get_size()) == 1,
         )
+        self.plan = plan(self.facts)
 
     @property
     def dynamic(self) -> bool:

@@ -10,14 +10,18 @@ from .call import Call
 
 def dense(call: Call) -> ir.TensorBox:
     """y [M, N] by the template on dense operands."""
+    return dense_product(call, *operands.prepare(call, call.plan.operand))
+
+
+def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None):
+    """y [M, N] by the template, of an activation that is an operand already."""
     from svdq_kernels import dense as kernels
 
-    x, scale_a, partials = operands.prepare(call, call.plan.operand)
     w, scale_b, factor_b = operands.weight(call, x.get_dtype())
     present = _optional(call, scale_a, partials)
     tma = kernels.uses_tma(call.capability)
-    constants = {
-        **_constants(call, scale_a, partials),
+    fixed = {
+        **constants(call, scale_a, partials),
         "FACTOR_A": call.factor_a,
         "FACTOR_B": factor_b,
         "CHUNK": kernels.rank_chunk(call.rank),
@@ -34,7 +38,7 @@ def dense(call: Call) -> ir.TensorBox:
         "svdq_linear",
         [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
         call.layout,
-        [{**constants, **config} for config in configs],
+        [{**fixed, **config} for config in configs],
         extern,
         {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
     )
@@ -42,14 +46,27 @@ def dense(call: Call) -> ir.TensorBox:
 
 def blockscaled(call: Call) -> ir.TensorBox:
     """y [M, N] by the template for block-scaled tensor cores."""
-    from svdq_kernels import blockscaled as kernels
-
     codes, scale, t = operands.quantize_packed(call)
     _, _, partials = operands.prepare(call, "none")
     present = _optional(call, t, partials)
+    weight = (launch.contiguous(call.qweight), operands.block_scale(call))
+    inputs = (codes, scale, *weight, call.weight_scale_2, *present.values())
+    return _compat.template_call(
+        templates.blockscaled(tuple(present)),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in inputs],
+        call.layout,
+        [blockscaled_constants(call, t, partials)],
+    )
+
+
+def blockscaled_constants(call: Call, t: ir.TensorBox, partials: ir.TensorBox | None) -> dict[str, object]:
+    """Constants of a template for block-scaled tensor cores."""
+    from svdq_kernels import blockscaled as kernels
+
     block_m, block_n, block_k, warps, stages = kernels.NATIVE_TILES[call.capability]
-    constants = {
-        **_constants(call, t, partials),
+    return {
+        **constants(call, t, partials),
         "CHUNK": kernels.block_r(call.rank),
         "EVEN_K": call.in_features % block_k == 0,
         "BLOCK_M": block_m,
@@ -59,25 +76,28 @@ def blockscaled(call: Call) -> ir.TensorBox:
         "num_warps": warps,
         "num_stages": stages,
     }
-    weight = (launch.contiguous(call.qweight), operands.block_scale(call))
-    inputs = (codes, scale, *weight, call.weight_scale_2, *present.values())
-    return _compat.template_call(
-        templates.blockscaled(tuple(present)),
-        "svdq_linear",
-        [launch.stored(tensor) for tensor in inputs],
-        call.layout,
-        [constants],
-    )
 
 
 def gemv(call: Call) -> ir.TensorBox:
     """y [M, N] of a few tokens by the template that reads the packed weight."""
-    from svdq_kernels import gemv as kernels
-
     x, t, partials = operands.prepare(call, call.plan.operand, word_major=True)
     present = _optional(call, t, partials)
-    constants = {
-        **_constants(call, t, partials),
+    inputs = (x, launch.contiguous(call.qweight), operands.block_scale(call), call.weight_scale_2, *present.values())
+    return _compat.template_call(
+        templates.gemv(tuple(present)),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in inputs],
+        call.layout,
+        [gemv_constants(call, t, partials)],
+    )
+
+
+def gemv_constants(call: Call, t: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, object]:
+    """Constants of a template that reads the packed weight."""
+    from svdq_kernels import gemv as kernels
+
+    return {
+        **constants(call, t, partials),
         "EVEN_W": call.in_features // 8 % kernels.BLOCK_W == 0,
         "TOKENS": _power_of_two(call.hint),
         "SPLITS_PADDED": _power_of_two(int(partials.get_size()[0]) if call.rank else 1),
@@ -86,14 +106,6 @@ def gemv(call: Call) -> ir.TensorBox:
         "num_warps": kernels.NUM_WARPS,
         "num_stages": 1,
     }
-    inputs = (x, launch.contiguous(call.qweight), operands.block_scale(call), call.weight_scale_2, *present.values())
-    return _compat.template_call(
-        templates.gemv(tuple(present)),
-        "svdq_linear",
-        [launch.stored(tensor) for tensor in inputs],
-        call.layout,
-        [constants],
-    )
 
 
 def _power_of_two(size: int) -> int:
@@ -109,7 +121,7 @@ def _optional(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox |
     return {name: tensor for name, tensor in every if tensor is not None}
 
 
-def _constants(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, object]:
+def constants(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, object]:
     """Constants every template takes."""
     from svdq_kernels.dense import multiprocessors
 

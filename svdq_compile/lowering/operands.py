@@ -6,7 +6,7 @@ import torch
 
 from .. import _compat
 from .._compat import ir
-from . import launch
+from . import launch, modulated_norm
 from .call import Call
 
 Tensor = ir.TensorBox
@@ -17,14 +17,16 @@ def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor 
     from svdq_kernels import activation as kernels
 
     m, k = call.tokens, call.in_features
-    x, s = _activation(call)
+    scaled = operand in kernels.TOKEN_RANGE
+    parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
+    x, s = _activation(call, call.x if parts is None else parts.x)
     config = kernels.configuration(call.hint, k, call.rank, operand)
     warps = config.pop("num_warps")
     splits = -(-k // config["SPLIT_K"])
     partials = launch.empty([splits, m, call.rank], torch.float32, call.device) if call.rank else None
-    scaled = operand in kernels.TOKEN_RANGE
     t = _token_scale(call, operand, x, s) if scaled else None
-    as_is = operand == "none" or (operand == "plain" and s is None and x.get_stride()[0] == k and not word_major)
+    untouched = s is None and parts is None and x.get_stride()[0] == k and not word_major
+    as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
     result = x if as_is else launch.empty([m, k], dtype, call.device)
     if not as_is or call.rank:
@@ -33,6 +35,7 @@ def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor 
             "s_ptr": s,
             "t_ptr": t,
             "down_ptr": launch.contiguous(call.lora_down) if call.rank else None,
+            **_modulation(parts),
             "operand_ptr": None if as_is else result,
             "partials_ptr": partials,
             "M": m,
@@ -56,7 +59,7 @@ def quantize_packed(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     from svdq_kernels import packed as kernels
 
     m, k = call.tokens, call.in_features
-    x, s = _activation(call)
+    x, s = _activation(call, call.x)
     codes = launch.empty([m, k // 2], torch.uint8, call.device)
     scale = launch.empty([m, k // kernels.GROUP], torch.uint8, call.device)
     t = launch.empty([m, 1], torch.float32, call.device) if call.dynamic else launch.stored(call.input_scale)
@@ -109,9 +112,21 @@ def block_scale(call: Call) -> Tensor:
     return launch.with_dtype(scale, torch.uint8) if call.capability < (8, 9) else scale
 
 
-def _activation(call: Call) -> tuple[Tensor, Tensor | None]:
-    x = launch.contiguous_rows(launch.reshape(call.x, [call.tokens, call.in_features]))
+def _activation(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    x = launch.contiguous_rows(launch.reshape(x, [call.tokens, call.in_features]))
     return x, None if call.pre_quant_scale is None else launch.contiguous(call.pre_quant_scale)
+
+
+def _modulation(parts: modulated_norm.Parts | None) -> dict[str, Tensor | None]:
+    """The arguments of the activation kernel that say how x is normalised and modulated."""
+    if parts is None:
+        return dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr"))
+    return {
+        "mean_ptr": parts.mean,
+        "deviation_ptr": parts.deviation,
+        "gain_ptr": launch.contiguous(parts.scale),
+        "shift_ptr": launch.contiguous(parts.shift),
+    }
 
 
 def _token_scale(call: Call, operand: str, x: Tensor, s: Tensor | None) -> Tensor:

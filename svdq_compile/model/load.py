@@ -17,6 +17,8 @@ from ..ops.weight import SVDQWeight
 from .bind import Entry, Slot, check_fit, check_modes, new_parameters, slots_of, unwrap
 from .build import build_model
 from .resident import nbytes_of, resident, size_text
+from .rope import move_tables
+from .share import mark_shared
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +169,8 @@ def read_parameters(
     *,
     quiet: bool = False,
 ) -> list[tuple[Slot, torch.Tensor]]:
-    """All of :func:`new_parameters` at once, behind a progress bar of them and of the bytes they keep.
+    """All of :func:`new_parameters` at once, behind a progress bar of them and of the bytes they keep; weights that
+    share their activation's parts are marked.
 
     Args:
         quiet: no progress bar, for a checkpoint that is in memory; the others are those of :func:`new_parameters`.
@@ -182,6 +185,8 @@ def read_parameters(
         made.append((slot, value))
         nbytes += nbytes_of(value)
         bar.set_postfix_str(size_text(nbytes), refresh=False)
+    names = {slot: key.removesuffix(".weight") for key, slot in slots.items()}
+    mark_shared({names[slot]: value for slot, value in made if isinstance(value, SVDQWeight)})
     return made
 
 
@@ -211,6 +216,7 @@ def _install(
     for slot, value in read_parameters(manifest, slots, entries, compute, storage, dtype, quiet=quiet):
         slot.set(value)
     setattr(model, CONFIG_ATTRIBUTE, manifest.quantization_config)
+    move_tables(model, device_of(model))
     log.info("%s: %s", manifest.folder, resident(model))
 
 

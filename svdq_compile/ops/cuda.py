@@ -1,6 +1,12 @@
-"""``svdq::linear`` on CUDA tensors outside compiled graphs, by the kernels its plan names."""
+"""``svdq::linear`` and ``svdq::linear_group`` on CUDA tensors outside compiled graphs, by the kernels a plan names.
+
+A linear is a group of one: each kernel makes the operand of x once and multiplies it with every member's weight.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -38,6 +44,17 @@ def plan_call(x, qweight, input_scale, lora_down, compute: str) -> Plan:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What one linear of a group has for itself, as ``svdq::linear``'s arguments."""
+
+    qweight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_scale_2: torch.Tensor | None
+    lora_up: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
 def linear_cuda(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -51,80 +68,104 @@ def linear_cuda(
     compute: str = "auto",
 ) -> torch.Tensor:
     """``svdq::linear``. Arguments and result as ``linear_reference``, which computes what no kernel takes."""
-    chosen = plan_call(x, qweight, input_scale, lora_down, compute)
-    if not chosen.fused or x.numel() == 0:
-        return linear_reference(
+    member = Member(qweight, weight_scale, weight_scale_2, lora_up, bias)
+    return linears_cuda(x, [member], input_scale, pre_quant_scale, lora_down, compute)[0]
+
+
+def linears_cuda(
+    x: torch.Tensor,
+    members: Sequence[Member],
+    input_scale: torch.Tensor | None,
+    pre_quant_scale: torch.Tensor | None,
+    lora_down: torch.Tensor | None,
+    compute: str = "auto",
+) -> list[torch.Tensor]:
+    """Linears that share everything but their :class:`Member`; arguments and results as ``linear_reference``'s."""
+    chosen = plan_call(x, members[0].qweight, input_scale, lora_down, compute)
+    for m in members:
+        validate(
             x,
-            qweight,
-            weight_scale,
-            weight_scale_2,
-            input_scale,
+            m.qweight,
+            m.weight_scale,
+            m.weight_scale_2,
             pre_quant_scale,
             lora_down,
-            lora_up,
-            bias,
+            m.lora_up,
+            m.bias,
             compute,
         )
-    validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
+    if not chosen.fused or x.numel() == 0:
+        return [
+            linear_reference(
+                x,
+                m.qweight,
+                m.weight_scale,
+                m.weight_scale_2,
+                input_scale,
+                pre_quant_scale,
+                lora_down,
+                m.lora_up,
+                m.bias,
+                compute,
+            )
+            for m in members
+        ]
     if lora_down is not None and not lora_down.shape[0]:
-        lora_down = lora_up = None
+        lora_down = None
+        members = [dataclasses.replace(member, lora_up=None) for member in members]
     tokens = x.reshape(-1, x.shape[-1])
-    y = KERNELS[chosen.kernel](
-        chosen,
-        tokens,
-        qweight,
-        weight_scale,
-        weight_scale_2,
-        input_scale,
-        pre_quant_scale,
-        lora_down,
-        lora_up,
-        bias,
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    results = KERNELS[chosen.kernel](chosen, tokens, members, input_scale, pre_quant_scale, lora_down)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
-def _dense(
-    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
-) -> torch.Tensor:
-    """Activation kernel, unpacked weight, GEMM on dense operands."""
+def _dense(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[torch.Tensor]:
+    """Activation kernel, unpacked weights, GEMMs on dense operands."""
     from svdq_kernels.activation import prepare
     from svdq_kernels.dense import multiply
     from svdq_kernels.expand import divisor, expand_nvfp4
 
-    packed = qweight.dtype == torch.uint8
+    packed = members[0].qweight.dtype == torch.uint8
     factor = FP8_SCALE_FACTOR if packed and input_scale is not None and chosen.operand == "fp8" else 1.0
     operand, scale_a, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, factor)
-    if packed:
-        weight, scale_b = expand_nvfp4(qweight, weight_scale, operand.dtype), weight_scale_2
-        factor_b = divisor(operand.dtype)
-    else:
-        weight, scale_b, factor_b = qweight.contiguous().to(operand.dtype), weight_scale, 1.0
-    return multiply(operand, weight, scale_a, scale_b, partials, lora_up, bias, x.dtype, factor, factor_b)
+    results = []
+    for m in members:
+        if packed:
+            weight, scale_b = expand_nvfp4(m.qweight, m.weight_scale, operand.dtype), m.weight_scale_2
+            factor_b = divisor(operand.dtype)
+        else:
+            weight, scale_b, factor_b = m.qweight.contiguous().to(operand.dtype), m.weight_scale, 1.0
+        results.append(
+            multiply(operand, weight, scale_a, scale_b, partials, m.lora_up, m.bias, x.dtype, factor, factor_b)
+        )
+    return results
 
 
-def _blockscaled(
-    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
-) -> torch.Tensor:
-    """Packed activation, GEMM on packed operands; the down-projection apart."""
+def _blockscaled(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[torch.Tensor]:
+    """Packed activation, GEMMs on packed operands; the down-projection apart."""
     from svdq_kernels.activation import prepare
     from svdq_kernels.blockscaled import multiply_nvfp4
     from svdq_kernels.packed import quantize_nvfp4_packed
 
     codes, scale, t = quantize_nvfp4_packed(x, pre_quant_scale, input_scale)
     partials = prepare(x, pre_quant_scale, None, lora_down, "none")[2] if lora_down is not None else None
-    return multiply_nvfp4(codes, scale, qweight, weight_scale, t, weight_scale_2, partials, lora_up, bias, x.dtype)
+    return [
+        multiply_nvfp4(
+            codes, scale, m.qweight, m.weight_scale, t, m.weight_scale_2, partials, m.lora_up, m.bias, x.dtype
+        )
+        for m in members
+    ]
 
 
-def _gemv(
-    chosen, x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
-) -> torch.Tensor:
-    """Activation kernel, then a read of the packed weight."""
+def _gemv(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[torch.Tensor]:
+    """Activation kernel, then reads of the packed weights."""
     from svdq_kernels.activation import prepare
     from svdq_kernels.gemv import multiply_vector
 
     operand, t, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, word_major=True)
-    return multiply_vector(operand, qweight, weight_scale, t, weight_scale_2, partials, lora_up, bias)
+    return [
+        multiply_vector(operand, m.qweight, m.weight_scale, t, m.weight_scale_2, partials, m.lora_up, m.bias)
+        for m in members
+    ]
 
 
 KERNELS = {"dense": _dense, "blockscaled": _blockscaled, "gemv": _gemv}

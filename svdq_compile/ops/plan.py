@@ -18,6 +18,9 @@ MAX_RANK = 256
 GEMV_TOKENS = 4
 """Most tokens the matrix-vector kernel takes (``svdq_kernels.gemv.MAX_TOKENS``)."""
 
+FEED_FORWARD_RANK = 64
+"""Largest R of a linear whose operand the GEMM before it makes (``svdq_kernels.feed_forward.MAX_RANK``)."""
+
 Capability = tuple[int, int]
 
 
@@ -113,6 +116,27 @@ def plan(facts: Facts) -> Plan:
     if facts.tokens <= GEMV_TOKENS and facts.capability >= (8, 9):
         return Plan("gemv", operand, "so few tokens are a read of the weight, which is unpacked in registers")
     return Plan("dense", operand, "the weight is unpacked to 16 bits, then a 16-bit GEMM, exact products")
+
+
+def separate(up: Plan, down: Plan, facts: Facts, dynamic: bool) -> str | None:
+    """Why two linears with GELU between them are computed apart, or None where one kernel finishes the first
+    product as the operand of the second.
+
+    Args:
+        up, down: their plans.
+        facts: of the second one.
+        dynamic: whether the second finds its activation's scale per token.
+    """
+    for which, chosen in (("first", up), ("second", down)):
+        if (chosen.kernel, chosen.operand) != ("dense", "fp8"):
+            return f"the {which} linear is no e4m3 GEMM"
+    if facts.capability >= (10, 0):
+        return "on this GPU the fused kernel was never measured"
+    if dynamic:
+        return "the second linear's scale depends on whole tokens"
+    if facts.rank > FEED_FORWARD_RANK:
+        return f"rank {facts.rank} is above {FEED_FORWARD_RANK}"
+    return None
 
 
 def _name(dtype: torch.dtype | None) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 from ..errors import StorageError
 from ..spec import STORAGES, Format, LinearSpec
 from .reference import fp8_weight
-from .weight import Fingerprint, SVDQWeight
+from .weight import SVDQWeight
 
 
 def check_storage(storage: str) -> None:
@@ -55,7 +55,7 @@ def expand(weight: SVDQWeight) -> SVDQWeight:
     spec = stored_spec(weight.spec, "expanded")
     if spec == weight.spec:
         return weight
-    fingerprint = Fingerprint(spec, weight.fingerprint.compute)
+    fingerprint = dataclasses.replace(weight.fingerprint, spec=spec)
     parts = weight.parts()
     parts["qweight"], parts["weight_scale"], parts["input_scale"] = fp8_weight(
         weight.qweight, weight.weight_scale, weight.weight_scale_2, weight.input_scale

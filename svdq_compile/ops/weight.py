@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from ..dtypes import TORCH_DTYPES
-from ..errors import DenseWeightError, FingerprintError, StorageError
+from ..errors import DenseWeightError, FingerprintError, ShareError, StorageError
 from ..spec import COMPONENTS, Format, LinearSpec
 from . import modes
 from .linear import linear
@@ -24,6 +24,9 @@ aten = torch.ops.aten
 ROW_PARTS = {"qweight", "weight_scale", "lora_up"}
 """Components whose first dimension is out_features (a scalar weight_scale has none)."""
 
+SHARED_PARTS = ("input_scale", "pre_quant_scale", "lora_down")
+"""Components that turn an activation into an operand; linears in which they are equal can share that work."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
@@ -32,6 +35,9 @@ class Fingerprint:
     Args:
         spec: format, sizes and parts. Names nothing that differs between two blocks of the same recipe.
         compute: compute mode (:mod:`svdq_compile.ops.modes`).
+        share: which linears of the model hold, byte for byte, the same :data:`SHARED_PARTS` as this one; their names
+            relative to what they are part of, and the same in every block (``to_q+to_k+to_v``). Empty: none is known.
+            Set by :func:`svdq_compile.model.share.mark_shared`, and lost by whatever could make it untrue.
 
     Raises:
         ValueError: an unknown compute mode.
@@ -40,6 +46,7 @@ class Fingerprint:
 
     spec: LinearSpec
     compute: str = "auto"
+    share: str = ""
 
     def __post_init__(self) -> None:
         if self.compute not in modes.COMPUTE_MODES:
@@ -131,6 +138,10 @@ class SVDQWeight(torch.Tensor):
         """The same tensors under another compute mode; ValueError if there is no such mode for them."""
         return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, compute=compute), self.dtype)
 
+    def with_share(self, share: str) -> SVDQWeight:
+        """The same tensors under another share key; the caller knows that it is true."""
+        return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, share=share), self.dtype)
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Fingerprint, torch.dtype]]:
         return list(self.parts()), (self.fingerprint, self.dtype)
 
@@ -200,9 +211,11 @@ def _set_data(weight: SVDQWeight, source: torch.Tensor) -> None:
     """``weight.data = source``, which offloading hooks move weights by: the components follow the face."""
     if not isinstance(source, SVDQWeight):
         raise DenseWeightError("assigning a dense tensor to .data", weight.spec.describe())
+    kept = weight.fingerprint.share if weight.fingerprint.share == source.fingerprint.share else ""
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(weight, source)
     weight._adopt(source)
+    weight.fingerprint = dataclasses.replace(weight.fingerprint, share=kept)
 
 
 def _each(func, args, kwargs):
@@ -224,14 +237,30 @@ def _copy_into(func, args, kwargs):
     if target.spec != source.spec:
         raise FingerprintError(f"cannot copy {source.spec.describe()} into {target.spec.describe()}")
     sources = source.parts()
+    if target.fingerprint.share:
+        _check_shared(target, sources)
     for name, part in target.parts().items():
         part.copy_(sources[name], *args[2:], **kwargs)
     return target
 
 
+def _check_shared(target: SVDQWeight, sources: Mapping[str, torch.Tensor]) -> None:
+    """Other linears, and aliases of the target, rely on its shared parts; ShareError if they would change."""
+    for name in SHARED_PARTS:
+        part = getattr(target, name)
+        if part is not None and part.device.type != "meta" and not same_bytes(part, sources[name]).item():
+            raise ShareError(name, target.fingerprint.share, target.spec.describe())
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Whether two tensors of one shape and dtype hold the same bytes: a bool scalar on a's device."""
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b.to(a.device)))
+    return (a == b).all()
+
+
 def _empty_like(func, args, kwargs):
     moves = {"device": kwargs["device"]} if kwargs.get("device") is not None else {}
-    return args[0]._map(lambda part: torch.empty_like(part, **moves), kwargs.get("dtype"))
+    return args[0]._map(lambda part: torch.empty_like(part, **moves), kwargs.get("dtype")).with_share("")
 
 
 def _is_pinned(func, args, kwargs):
@@ -270,12 +299,13 @@ def take(weight: SVDQWeight, dim: int, start: int, end: int, step: int = 1) -> S
     """Rows (dim 0, out_features) or columns (dim 1, in_features) of every component at once.
 
     Rows of the result compute rows of the output; products of column slices sum to the whole product, up to the
-    bias, when ``input_scale`` is static. Components are views.
+    bias, when ``input_scale`` is static. Components are views. Rows keep the share key, columns lose it: those of
+    another linear may be cut elsewhere.
 
     Raises:
         DenseWeightError: columns that do not fall on block boundaries, or a stride along them.
     """
-    spec = weight.spec
+    spec, share = weight.spec, weight.fingerprint.share
     if dim == 0:
         rows = slice(start, end, step)
         parts = {k: v[rows] if k in ROW_PARTS and v.dim() else v for k, v in weight.parts().items()}
@@ -297,8 +327,8 @@ def take(weight: SVDQWeight, dim: int, start: int, end: int, step: int = 1) -> S
         parts = {
             k: v[..., start // per[k] : end // per[k]] if k in per and v.dim() else v for k, v in weight.parts().items()
         }
-        spec = dataclasses.replace(spec, in_features=end - start)
-    return SVDQWeight(parts, dataclasses.replace(weight.fingerprint, spec=spec), weight.dtype)
+        spec, share = dataclasses.replace(spec, in_features=end - start), ""
+    return SVDQWeight(parts, dataclasses.replace(weight.fingerprint, spec=spec, share=share), weight.dtype)
 
 
 _FUNCTION_HANDLERS = {

@@ -7,7 +7,6 @@ no values, which differ between the blocks that share the compiled graph.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import operator
 
 import torch
@@ -18,8 +17,7 @@ from ..errors import FingerprintError
 from ..ops.linear import linear
 from ..ops.weight import Fingerprint, SVDQWeight, check_components
 from ..spec import COMPONENTS
-
-log = logging.getLogger(__name__)
+from .base import Report, graph_pass, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +30,9 @@ class Match:
     dtype: torch.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the pass did to one graph.
-
-    Args:
-        matched: the linears it rewrote.
-        left: (node, reason) of the linears it left.
-    """
-
-    matched: tuple[Match, ...]
-    left: tuple[tuple[str, str], ...]
-
-    def summary(self) -> str:
-        text = f"{len(self.matched)} linears became svdq::linear, {len(self.left)} were left"
-        return text + "".join(f"\n  left {node}: {reason}" for node, reason in self.left)
-
-
+@graph_pass("F.linear on a quantised weight becomes svdq::linear", optional=False)
 def insert_linear(gm: fx.GraphModule, compute: str = "auto") -> Report:
-    """Rewrites a Dynamo graph in place; placeholders stay, so Dynamo's own view of the graph stays valid.
+    """Rewrites every linear on a quantised weight; ``matched`` holds a :class:`Match` each.
 
     Args:
         gm: the graph.
@@ -64,10 +46,9 @@ def insert_linear(gm: fx.GraphModule, compute: str = "auto") -> Report:
     matched: list[Match] = []
     left: list[tuple[str, str]] = []
     parts_of: dict[fx.Node, dict[str, fx.Node | None]] = {}
-    before = gm.graph.python_code("self").src if log.isEnabledFor(logging.DEBUG) else ""
     for node in list(gm.graph.find_nodes(op="call_function", target=_compat.FUNCTIONAL_LINEAR)):
         x, weight, bias = _operands(node)
-        value = _value(weight)
+        value = value_of(weight)
         if not isinstance(value, SVDQWeight):
             left.append((node.name, "the weight is not quantised"))
             continue
@@ -83,23 +64,15 @@ def insert_linear(gm: fx.GraphModule, compute: str = "auto") -> Report:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        matched.append(Match(new.name, fingerprint, value.device, _value(x).dtype))
+        matched.append(Match(new.name, fingerprint, value.device, value_of(x).dtype))
     _check_uses(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    report = Report(tuple(matched), tuple(left))
-    log.debug("before insert_linear:\n%s\nafter:\n%s\n%s", before, gm.code, report.summary())
-    return report
+    return Report("insert_linear", tuple(matched), tuple(left))
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     names = ("input", "weight", "bias")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return given["input"], given["weight"], given.get("bias")
-
-
-def _value(node: object) -> object:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
 def _read_components(graph: fx.Graph, weight: fx.Node, value: SVDQWeight) -> dict[str, fx.Node | None]:
@@ -118,13 +91,13 @@ def _read_components(graph: fx.Graph, weight: fx.Node, value: SVDQWeight) -> dic
 def _check_uses(graph: fx.Graph) -> None:
     """Every quantised weight is read by component only."""
     for node in graph.nodes:
-        if not isinstance(_value(node), SVDQWeight):
+        if not isinstance(value_of(node), SVDQWeight):
             continue
         for user in node.users:
             if user.op == "output" or user.target in (getattr, operator.getitem):
                 continue
             raise FingerprintError(
-                f"a quantised weight ({_value(node).spec.describe()}) is used by {user.format_node()}, "
+                f"a quantised weight ({value_of(node).spec.describe()}) is used by {user.format_node()}, "
                 "not by a linear.\n"
                 "  hint:   use it as a layer; reading, merging or re-scaling it needs dense values"
             )

@@ -56,6 +56,7 @@ def write_checkpoint(
     seed: int = 0,
     shards: int = 1,
     sparse: bool = False,
+    share: bool = True,
 ) -> Path:
     """Writes ``config.json`` and one or more safetensors files; memory use is that of one tensor.
 
@@ -69,13 +70,14 @@ def write_checkpoint(
         seed: of the random contents.
         shards: number of files; more than one come with an index.
         sparse: leave the tensors' bytes out; the files have their full length and hold zeros.
+        share: as an export does, give linears that read one tensor the same smoothing, scale and down-projection.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan = plan_checkpoint(config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=dtype)
+    plan = plan_checkpoint(config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=dtype, share=share)
     weight_map = {}
     for name, tensors in _shards(plan, shards).items():
         weight_map.update({tensor.key: name for tensor in tensors})

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch._dynamo.utils import counters
 
-from ..passes.insert_linear import Report, insert_linear
+from ..passes.base import Report
+from ..passes.insert_linear import insert_linear
+
+
+def captured(function: Callable, *inputs: object) -> torch.fx.GraphModule:
+    """The graph Dynamo hands to a backend for a call, before anything was done to it."""
+    graphs = []
+
+    def keep(gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(function, backend=keep, fullgraph=True)(*inputs)
+    (gm,) = graphs
+    return gm
 
 
 class RecordingBackend:

@@ -24,10 +24,13 @@ RECIPES = {
 }
 """``mixed`` is ModelOpt's recipe since July 2026, ``all`` the one before it."""
 
-SHARED_INPUT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+FUSED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 """Linears that an export fuses: all of their components but the codes, the block scales and L1 are equal."""
 
-UNSHARED = ("qweight", "weight_scale", "lora_up", "bias")
+OWN = ("qweight", "weight_scale", "lora_up", "bias")
+
+MODULATION = ("img_mod.1", "txt_mod.1")
+"""Linears that read the time embedding in every block: as it is, it has one range, hence one ``input_scale``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ def plan_checkpoint(
     rank: int | Callable[[str], int],
     blocks_kept: int,
     dtype: str,
+    share: bool = True,
 ) -> list[Planned]:
     """Every tensor of a checkpoint in the model's order; the arguments are those of ``write_checkpoint``."""
     from accelerate import init_empty_weights
@@ -75,7 +79,8 @@ def plan_checkpoint(
     for name, module in model.named_modules():
         inside = any(name.startswith(prefix) for prefix in quantised)
         if inside and isinstance(module, nn.Linear):
-            plan += _quantised_linear(name, module, settings, rank if isinstance(rank, int) else rank(name), dtype)
+            own_rank = rank if isinstance(rank, int) else rank(name)
+            plan += _quantised_linear(name, module, settings, own_rank, dtype, share)
             continue
         for leaf, value in module.named_parameters(recurse=False):
             key = f"{name}.{leaf}" if name else leaf
@@ -83,7 +88,9 @@ def plan_checkpoint(
     return plan
 
 
-def _quantised_linear(name: str, module: nn.Linear, settings: Recipe, rank: int, dtype: str) -> Iterable[Planned]:
+def _quantised_linear(
+    name: str, module: nn.Linear, settings: Recipe, rank: int, dtype: str, share: bool
+) -> Iterable[Planned]:
     format = settings.format
     # Every block has the same linears, so a skip pattern is its block-independent ending.
     if format is Format.NVFP4_SVD and any(name.endswith(pattern.lstrip("*")) for pattern in settings.skip):
@@ -91,12 +98,14 @@ def _quantised_linear(name: str, module: nn.Linear, settings: Recipe, rank: int,
     low_rank = format is Format.NVFP4_SVD
     spec = LinearSpec(format, module.out_features, module.in_features, rank if low_rank else 0, dtype, smooth=low_rank)
     parent, _, last = name.rpartition(".")
-    shared = next((f"{parent}.{group[0]}" for group in SHARED_INPUT if last in group), name)
+    fused = next((f"{parent}.{group[0]}" for group in FUSED if last in group and share), name)
     parts = {role: (c.dtype, c.shape) for role, c in spec.components().items()}
     if module.bias is not None:
         parts["bias"] = (dtype, (module.out_features,))
     for role, (part_dtype, shape) in parts.items():
-        source = f"{name if role in UNSHARED else shared}.{role}"
+        source = f"{name if role in OWN else fused}.{role}"
+        if share and role == "input_scale" and not spec.smooth and name.endswith(MODULATION):
+            source = f"modulation.{role}"
         yield Planned(f"{name}.{MODELOPT_LEAF.get(role, role)}", part_dtype, shape, role, source, spec)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..dtypes import DTYPE_NAMES
+from ..model.share import mark_shared
 from ..ops.storage import expand
 from ..ops.weight import Fingerprint, SVDQWeight
 from .checkpoints import SMALL
@@ -25,6 +27,7 @@ def random_transformer(
     device: torch.device | str = "cpu",
     compute: str = "auto",
     storage: str = "packed",
+    share: bool = True,
 ) -> nn.Module:
     """The transformer that loading :func:`~svdq_compile.testing.checkpoints.write_checkpoint`'s files would give.
 
@@ -40,15 +43,12 @@ def random_transformer(
         device: where everything is made.
         compute: compute mode.
         storage: ``packed`` or ``expanded``.
+        share: as in :func:`~svdq_compile.testing.checkpoints.write_checkpoint`.
     """
-    from accelerate import init_empty_weights
-    from diffusers import QwenImageTransformer2DModel
-
-    from ..dtypes import DTYPE_NAMES
-
-    with init_empty_weights():
-        model = QwenImageTransformer2DModel.from_config(dict(config))
-    plan = plan_checkpoint(config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype])
+    model = _empty(config)
+    plan = plan_checkpoint(
+        config, recipe=recipe, rank=rank, blocks_kept=blocks_kept, dtype=DTYPE_NAMES[dtype], share=share
+    )
     linears: dict[str, list[Planned]] = {}
     for tensor in plan:
         owner, _, leaf = tensor.key.rpartition(".")
@@ -62,4 +62,30 @@ def random_transformer(
         weight = SVDQWeight(parts, Fingerprint(tensors[0].spec, compute), dtype)
         weight = expand(weight) if storage == "expanded" else weight
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
+    mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
     return model.eval()
+
+
+def dense_transformer(
+    config: Mapping[str, Any] = SMALL,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The same model without quantised weights; arguments as :func:`random_transformer`'s."""
+    model = _empty(config)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        tensor = Planned(name, DTYPE_NAMES[dtype], tuple(parameter.shape), "dense", name)
+        made = nn.Parameter(random_tensor(tensor, seed, device), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, made)
+    return model.eval()
+
+
+def _empty(config: Mapping[str, Any]) -> nn.Module:
+    from accelerate import init_empty_weights
+    from diffusers import QwenImageTransformer2DModel
+
+    with init_empty_weights():
+        return QwenImageTransformer2DModel.from_config(dict(config))

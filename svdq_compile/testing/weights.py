@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
-from ..ops.weight import Fingerprint, SVDQWeight
+from ..ops.weight import SHARED_PARTS, Fingerprint, SVDQWeight
 from ..spec import E2M1_MAX, E4M3_MAX, Format, LinearSpec
 
 
@@ -66,3 +66,12 @@ def random_linear(
         values = torch.randn(out_features, generator=generator).to(dtype)
         layer.bias = nn.Parameter(values, requires_grad=False)
     return layer
+
+
+def share_activation(*layers: nn.Linear) -> None:
+    """Gives layers of one in_features and rank the smoothing, activation scale and down-projection of the first."""
+    first = layers[0].weight
+    for layer in layers[1:]:
+        parts = layer.weight.parts() | {name: part for name, part in first.parts().items() if name in SHARED_PARTS}
+        weight = SVDQWeight(parts, layer.weight.fingerprint, layer.weight.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=False)

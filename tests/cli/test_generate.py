@@ -12,6 +12,7 @@ from PIL import Image
 
 from svdq_compile import load_transformer, save_checkpoint
 from svdq_compile.cli import generate, main
+from svdq_compile.cuda_graphs.captured import Captured
 from svdq_compile.testing.checkpoints import SMALL, example_inputs
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "pipeline"
@@ -134,6 +135,19 @@ def test_compile_whole_and_regional(monkeypatch, fresh_dynamo):
     generate.prepare(pipe, args)
     assert model._compiled_call_impl is not None
     assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_capture_comes_last(monkeypatch, fresh_dynamo):
+    model = QwenImageTransformer2DModel(**SMALL).eval()
+    pipe = type("Pipe", (), {"transformer": model})()
+    words = ["--model", "m", "--prompt", "p", "--compile", "whole", "--backend", "eager"]
+    generate.prepare(pipe, generate_options(monkeypatch, *words))
+    compiled = type(model._compiled_call_impl)
+    generate.prepare(pipe, generate_options(monkeypatch, *words, "--capture"))
+    handle = model._compiled_call_impl
+    assert isinstance(handle, Captured)
+    handle.release()
+    assert type(model._compiled_call_impl) is compiled
 
 
 def test_attention_backend(monkeypatch):

@@ -60,6 +60,13 @@ def test_yaml_over_defaults_and_command_line_over_yaml(options, config):
     assert isinstance(found.cfg, float)
 
 
+def test_capture(options, config):
+    words = "--model", "m", "--prompt", "p"
+    assert options(*words, "--capture").capture is True
+    assert options(config("capture: true\n"), *words).capture is True
+    assert options(config("capture: false\n"), *words).capture is False
+
+
 def test_keys_take_dashes_and_underscores(config):
     for key in ("negative-prompt", "negative_prompt"):
         assert read_config(config(f"{key}: ' '\n"), generate.add_options) == {"negative_prompt": " "}
@@ -78,6 +85,7 @@ def test_keys_take_dashes_and_underscores(config):
         ("compile: all\n", "argument --compile: invalid choice: 'all'"),
         ("prompt: [a, b]\n", "prompt is ['a', 'b'], needs a single value"),
         ("prompt:\n", "prompt is None, needs a single value"),
+        ("capture: 7\n", "argument --capture: ignored explicit argument '7'"),
         ("- model\n", "is not a mapping"),
         ("model: [\n", "is not YAML"),
     ],

@@ -44,7 +44,9 @@ def test_inspect_passes_the_revision_on(monkeypatch):
 @pytest.mark.parametrize("compute", ["nvfp4", "fp8", "bf16", "modelopt"])
 def test_explain_json(checkpoint, compute, capsys):
     assert main(["explain", str(checkpoint), "--device", "cpu", "--compute", compute, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["linears"]
+    data = json.loads(capsys.readouterr().out)
+    rows = data["linears"]
+    assert {"real_rope", "insert_linear"} <= data["passes"].keys()
     assert len(rows) == 14 * SMALL["num_layers"] + 6
     quantised = [row for row in rows if row["format"] != "dense"]
     assert len(quantised) == 14

@@ -15,14 +15,22 @@ from svdq_kernels import dense, fp4
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
+from svdq_kernels.feed_forward import multiply_gelu_quantize
 
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move
 
+
+def prepare_modulated(x, s, t, down, operand, *modulation):
+    return prepare(x, s, t, down, operand, modulation=modulation)
+
+
 LAUNCHERS = {
     "prepare": prepare,
+    "prepare_modulated": prepare_modulated,
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
+    "multiply_gelu_quantize": multiply_gelu_quantize,
     "linear_cuda": cuda.linear_cuda,
 }
 RESULT_DTYPE = {"encode_e2m1": torch.uint8, "magnitude_bits": torch.int32}

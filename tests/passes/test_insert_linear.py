@@ -9,23 +9,11 @@ from svdq_compile.errors import FingerprintError
 from svdq_compile.ops.linear import linear
 from svdq_compile.passes.insert_linear import insert_linear
 from svdq_compile.spec import Format
+from svdq_compile.testing.graphs import captured
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.weights import random_linear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-def captured(function, *inputs):
-    """The graph Dynamo hands to a backend, before anything was done to it."""
-    graphs = []
-
-    def keep(gm, example_inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(function, backend=keep, fullgraph=True)(*inputs)
-    (gm,) = graphs
-    return gm
 
 
 def calls(gm):

@@ -34,6 +34,21 @@ def smooth(x, s):
 
 
 @triton.jit
+def modulated(x, mean, deviation, gain_ptr, shift_ptr, offs_k, mask_k):
+    """``(x - mean) * deviation * (1 + gain) + shift``, rounded once to x's dtype.
+
+    Args:
+        x: 16-bit float [BLOCK_M, BLOCK_K].
+        mean, deviation: float32 [BLOCK_M].
+        gain_ptr, shift_ptr: [K], the same for all tokens.
+    """
+    gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    normalised = (x.to(tl.float32) - mean[:, None]) * deviation[:, None]
+    return (normalised * gain[None, :] + shift[None, :]).to(x.dtype)
+
+
+@triton.jit
 def nvfp4_values(x_hat, t):
     """``e2m1(x_hat / (b * t)) * b`` with block scales ``b = e4m3(amax / (6 * t))``; 0 where ``b * t`` is 0.
 
@@ -82,6 +97,10 @@ def _prepare_kernel(
     s_ptr,
     t_ptr,
     down_ptr,
+    mean_ptr,
+    deviation_ptr,
+    gain_ptr,
+    shift_ptr,
     operand_ptr,
     partials_ptr,
     M,
@@ -105,6 +124,9 @@ def _prepare_kernel(
         s_ptr: s [K] or None.
         t_ptr: tensor scale, float32, one value (stride_tm 0) or [M] (stride_tm 1); None for a plain operand.
         down_ptr: L2 [R, K] contiguous, x's dtype; None without a low-rank branch.
+        mean_ptr, deviation_ptr: float32 [M], to normalise and modulate x first (:func:`modulated`); None to take it
+            as it is.
+        gain_ptr, shift_ptr: [K], likewise.
         operand_ptr: result [M, K] contiguous; None to not store it.
         partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
         SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
@@ -118,6 +140,9 @@ def _prepare_kernel(
     if t_ptr is not None:
         t = tl.load(t_ptr + row * stride_tm, mask=mask_m, other=1.0)
         reciprocal = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), t * SCALE_FACTOR)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + row, mask=mask_m, other=0.0)
+        deviation = tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
     offs_r = tl.arange(0, RANK if RANK else 16)
     h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
     for start in tl.range(0, SPLIT_K, BLOCK_K, num_stages=STAGES):
@@ -125,6 +150,8 @@ def _prepare_kernel(
         mask_k = offs_k < K
         mask = mask_m[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
+        if mean_ptr is not None:
+            x = modulated(x, mean, deviation, gain_ptr, shift_ptr, offs_k, mask_k)
         x_hat = x
         if s_ptr is not None:
             s = tl.load(s_ptr + offs_k, mask=mask_k, other=0.0)
@@ -195,6 +222,7 @@ def prepare(
     config: dict[str, int] | None = None,
     *,
     word_major: bool = False,
+    modulation: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The GEMM operand of x, its tensor scale, and the partial down-projections.
 
@@ -209,6 +237,8 @@ def prepare(
         scale_factor: ``fp8`` divides by ``a = scale_factor * t``. Only with an ``input_scale``.
         config: what :func:`configuration` returns, to override it.
         word_major: writes each row as [8, K/8]: element ``8 * w + n`` at ``n * (K / 8) + w``.
+        modulation: mean and deviation, float32 [M], gain and shift [K], all contiguous: what x is to be normalised and
+            modulated with first, as :func:`modulated` says. Not with a scale per token.
 
     Returns:
         The operand [M, K], contiguous: float8_e4m3fn for ``fp8``, else x's 16-bit dtype (bfloat16 for float32); None
@@ -220,6 +250,8 @@ def prepare(
     """
     m, k = x.shape
     check(x, pre_quant_scale, input_scale, lora_down, operand)
+    if modulation is not None:
+        check_modulation(x, input_scale, operand, *modulation)
     rank = 0 if lora_down is None else lora_down.shape[0]
     chosen = dict(config or configuration(m, k, rank, operand))
     warps, split = chosen.pop("num_warps"), chosen["SPLIT_K"]
@@ -228,9 +260,8 @@ def prepare(
     pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
     splits = triton.cdiv(k, split)
     partials = torch.empty(splits, m, rank, dtype=torch.float32, device=x.device) if rank else None
-    as_is = operand == "none" or (
-        operand == "plain" and pre_quant_scale is None and x.is_contiguous() and not word_major
-    )
+    untouched = pre_quant_scale is None and modulation is None and x.is_contiguous() and not word_major
+    as_is = operand == "none" or (operand == "plain" and untouched)
     narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     dtype = torch.float8_e4m3fn if operand == "fp8" else x.dtype if operand == "plain" else narrow
     result = x if as_is else torch.empty(m, k, dtype=dtype, device=x.device)
@@ -250,6 +281,7 @@ def prepare(
                 pre_quant_scale,
                 t,
                 lora_down.contiguous() if rank else None,
+                *(modulation or (None,) * 4),
                 None if as_is else result,
                 partials,
                 m,
@@ -265,6 +297,17 @@ def prepare(
                 **chosen,
             )
     return None if operand == "none" else result, t, partials
+
+
+def check_modulation(x, input_scale, operand, mean, deviation, gain, shift) -> None:
+    """Raises ValueError unless the modulation of :func:`prepare` fits its other arguments."""
+    m, k = x.shape
+    if operand in TOKEN_RANGE and input_scale is None:
+        raise ValueError("a scale per token is found before x is modulated")
+    if mean.numel() != m or deviation.numel() != m or mean.dtype != torch.float32 or deviation.dtype != torch.float32:
+        raise ValueError(f"mean and deviation need {m} float32 values each")
+    if gain.numel() != k or shift.numel() != k:
+        raise ValueError(f"gain and shift have {gain.numel()} and {shift.numel()} values, need {k}")
 
 
 def check(x, pre_quant_scale, input_scale, lora_down, operand) -> None:

@@ -1,4 +1,4 @@
-"""bench: its arguments, its table and CSV file, and its exit code."""
+"""bench linear: its arguments, its table and CSV file, and its exit code."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from svdq_compile.bench import layers, linear, peers, report
 from svdq_compile.bench import plan as plans
 from svdq_compile.bench.stats import geometric_mean, percentile, ratio
 from svdq_compile.cli import _parser, main
-from svdq_compile.cli.bench import make_plan
+from svdq_compile.cli.bench_linear import make_plan
 from svdq_compile.errors import OptionError
 
 TINY = ["bench", "linear", "--shapes", "64x48", "--tokens", "5", "--repeats", "2", "--device", "cpu"]

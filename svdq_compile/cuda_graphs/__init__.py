@@ -1,0 +1,1 @@
+"""One CUDA graph for a transformer's whole forward, per input shape."""

@@ -1,0 +1,73 @@
+"""Inductor's lowering of ``svdq::modulated_norm``: statistics now, the rest where it is read.
+
+The result is an expression like any other. Beside it stands what it is made of, and an activation kernel that finds its
+input here reads that instead; then nothing needs the result, and Inductor never computes it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import math
+
+import torch
+
+from .. import _compat
+from .._compat import ir
+from . import launch
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """``result = (x - mean) * deviation * (1 + scale) + shift``.
+
+    Args:
+        result: what the parts are of.
+        x: [..., K].
+        mean, deviation: float32 [..., 1]; deviation is the reciprocal of the standard deviation.
+        scale, shift: K elements each, the same for all tokens.
+    """
+
+    result: ir.TensorBox
+    x: ir.TensorBox
+    mean: ir.TensorBox
+    deviation: ir.TensorBox
+    scale: ir.TensorBox
+    shift: ir.TensorBox
+
+
+known: contextvars.ContextVar[dict[int, Parts]] = contextvars.ContextVar("svdq_modulated")
+"""Results of the graph that is being lowered, by identity."""
+
+
+def parts_of(x: ir.TensorBox) -> Parts | None:
+    """What an activation is made of, if it is such a result."""
+    return known.get({}).get(id(x))
+
+
+def lower(x: ir.TensorBox, scale: ir.TensorBox, shift: ir.TensorBox, eps: float) -> ir.TensorBox:
+    """The nodes of one call; arguments as the operator's."""
+    add, mul, sub, rsqrt, cast = (
+        _compat.lowerings[op]
+        for op in (
+            aten.add.Tensor,
+            aten.mul.Tensor,
+            aten.sub.Tensor,
+            aten.rsqrt.default,
+            torch.ops.prims.convert_element_type.default,
+        )
+    )
+    # Read by the statistics, by every activation kernel and, as a residual, by what comes later.
+    x = launch.stored(x)
+    wide = cast(x, torch.float32)
+    variance, mean = _compat.lowerings[aten.var_mean.correction](wide, [-1], correction=0, keepdim=True)
+    mean, deviation = launch.stored(mean), launch.stored(rsqrt(add(variance, eps)))
+    normalised = mul(sub(wide, mean), deviation)
+    gain = add(cast(scale, torch.float32), 1.0)
+    result = cast(add(mul(normalised, gain), cast(shift, torch.float32)), x.get_dtype())
+    k = x.get_size()[-1]
+    if all(math.prod(part.get_size()) == k for part in (scale, shift)):
+        known.get()[id(result)] = Parts(result, x, mean, deviation, scale, shift)
+    return result

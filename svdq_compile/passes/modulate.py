@@ -1,0 +1,98 @@
+"""LayerNorm and modulation in front of quantised linears become ``svdq::modulated_norm``.
+
+    layer_norm(x) * (1 + scale) + shift
+
+Its lowering computes mean and deviation of each token, and activation kernels do the rest as they read x.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..ops.feed_forward import feed_forward
+from ..ops.linear import linear
+from ..ops.linear_group import linear_group
+from ..ops.modulated_norm import modulated_norm
+from .base import Report, graph_pass, value_of
+
+READERS = (linear, linear_group, feed_forward)
+"""Operators whose activation kernel may normalise what it reads."""
+
+ADD = (operator.add, torch.add)
+MULTIPLY = (operator.mul, torch.mul)
+
+
+@graph_pass("LayerNorm and modulation are left to the activation kernels that read them")
+def modulate(gm: fx.GraphModule) -> Report:
+    """Rewrites a graph in which linears are operators already.
+
+    Args:
+        gm: Dynamo's graph.
+    """
+    matched: list[str] = []
+    left: list[tuple[str, str]] = []
+    inputs = {node.args[0] for target in READERS for node in gm.graph.find_nodes(op="call_function", target=target)}
+    for node in [node for node in gm.graph.nodes if node in inputs]:
+        found = _parts(node)
+        if found is None:
+            continue
+        x, scale, shift, eps = found
+        if any(user.target not in READERS for user in node.users):
+            left.append((node.name, "something else reads it too"))
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(modulated_norm, (x, scale, shift, eps))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        _erase_unused(gm.graph, node)
+        matched.append(new.name)
+    return Report("modulate", tuple(matched), tuple(left))
+
+
+def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
+    """x, scale, shift and eps of ``layer_norm(x) * (1 + scale) + shift``; None of anything else."""
+    for product, shift in _operands(node, ADD):
+        for norm, gain in _operands(product, MULTIPLY):
+            for one, scale in _operands(gain, ADD):
+                x, eps = _normalised(norm)
+                if x is not None and one == 1 and isinstance(scale, fx.Node) and _same_dtype(x, scale, shift):
+                    return x, scale, shift, eps
+    return None
+
+
+def _operands(node: object, functions: tuple) -> list[tuple]:
+    """The two operands of a commutative function in either order; empty if the node is no such call."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in functions:
+        return []
+    if len(node.args) != 2 or node.kwargs:
+        return []
+    return [node.args, node.args[::-1]]
+
+
+def _normalised(node: object) -> tuple[fx.Node | None, float]:
+    """x and eps of a LayerNorm over the last dimension that has no weights; None of anything else."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not F.layer_norm:
+        return None, 0.0
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    plain = given.get("weight") is None and given.get("bias") is None and len(given["normalized_shape"]) == 1
+    return (given["input"], given.get("eps", 1e-5)) if plain else (None, 0.0)
+
+
+def _same_dtype(*nodes: object) -> bool:
+    values = [value_of(node) for node in nodes]
+    return all(isinstance(value, torch.Tensor) for value in values) and len({value.dtype for value in values}) == 1
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Removes the replaced sum and what only it read."""
+    if node.users or node.op != "call_function" or node.target not in (*ADD, *MULTIPLY, F.layer_norm):
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for read in inputs:
+        _erase_unused(graph, read)

@@ -1,0 +1,121 @@
+"""Activations normalised and modulated as they are read: as if they had been so before."""
+
+import pathlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdq_compile.testing.oracle import assert_bits_equal
+from svdq_compile.testing.ptx import CUOBJDUMP, compile_for, spills
+from svdq_compile.testing.tensors import run_script
+
+pytest.importorskip("triton")
+
+from svdq_kernels import activation
+from svdq_kernels.activation import prepare
+
+APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
+
+
+def make(m, k, dtype, rank, smooth, seed, device="cuda"):
+    """x, its modulation, and the other arguments of prepare. No product or sum of theirs is rounded in float32 or x's
+    dtype, so that it does not matter which of them a compiler makes one operation of.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+
+    def integers(low, high, *size):
+        return torch.randint(low, high + 1, size, generator=g, device=device).float()
+
+    x = integers(-8, 8, m, k).to(dtype)
+    modulation = (
+        integers(-2, 2, m, 1),
+        2.0 ** integers(-1, 1, m, 1),
+        (2.0 ** integers(0, 2, k) - 1).to(dtype),
+        integers(-4, 4, k).to(dtype),
+    )
+    s = 2.0 ** integers(-1, 1, k) if smooth else None
+    down = integers(-2, 2, rank, k).to(dtype) if rank else None
+    t = torch.tensor(2.0**-6, device=device)
+    return x, None if s is None else s.to(dtype), t, down, modulation
+
+
+def modulated(x, modulation):
+    mean, deviation, gain, shift = (part.double() for part in modulation)
+    return ((x.double() - mean) * deviation * (1 + gain) + shift).to(x.dtype)
+
+
+def assert_same(actual, wanted):
+    for a, b in zip(actual, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_bits_equal(a, b)
+
+
+def test_in_the_interpreter(tmp_path):
+    """Which multiplies float16, but bits of bfloat16, and rounds to e4m3 in its own way."""
+    cases, wanted = [], []
+    for seed, (m, k, rank, smooth) in enumerate([(5, 48, 16, True), (130, 272, 5, False), (1, 16, 0, True)]):
+        x, s, t, down, modulation = make(m, k, torch.float16, rank, smooth, seed, "cpu")
+        for operand in ("plain", "nvfp4", "none")[: 3 if rank else 2]:
+            cases.append(("prepare_modulated", (x, s, t, down, operand, *modulation)))
+            wanted.append(("prepare", (modulated(x, modulation), s, t, down, operand)))
+    results = run_script(APPLY, cases + wanted, tmp_path, "cpu")
+    for actual, expected in zip(results[: len(cases)], results[len(cases) :]):
+        assert_same(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@given(
+    st.builds(
+        make,
+        st.sampled_from((1, 5, 64, 65, 1025)),
+        st.sampled_from((16, 48, 272, 1040)),
+        st.sampled_from((torch.bfloat16, torch.float16)),
+        st.sampled_from((0, 1, 16, 48)),
+        st.booleans(),
+        st.integers(0, 2**32),
+    ),
+    st.sampled_from(("plain", "nvfp4", "fp8")),
+    st.booleans(),
+)
+def test_as_if_it_had_been_so_before(args, operand, word_major):
+    x, s, t, down, modulation = args
+    word_major = word_major and operand != "fp8"
+    actual = prepare(x, s, t, down, operand, modulation=modulation, word_major=word_major)
+    assert_same(actual, prepare(modulated(x, modulation), s, t, down, operand, word_major=word_major))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_scale": None}, "per token"),
+        ({"mean": torch.zeros(3, 1)}, "4 float32"),
+        ({"deviation": torch.zeros(4, 1, dtype=torch.float16)}, "4 float32"),
+        ({"gain": torch.zeros(16)}, "need 48"),
+    ],
+)
+def test_refuses(change, message):
+    x, s, t, down, modulation = make(4, 48, torch.bfloat16, 16, True, 0, "cpu")
+    parts = dict(zip(("mean", "deviation", "gain", "shift"), modulation)) | {"input_scale": t} | change
+    t = parts.pop("input_scale")
+    with pytest.raises(ValueError, match=message):
+        prepare(x, s, t, down, "fp8", modulation=tuple(parts.values()))
+
+
+@pytest.mark.parametrize("operand", ["plain", "nvfp4", "fp8"])
+@pytest.mark.parametrize("rank", [0, 32, 128])
+@pytest.mark.parametrize("m", [600, 4096])
+def test_compiles_without_spills(operand, rank, m):
+    constants = activation.configuration(m, 3072, rank, operand)
+    warps = constants.pop("num_warps")
+    types = dict.fromkeys(("x_ptr", "s_ptr", "gain_ptr", "shift_ptr", "down_ptr"), "*bf16")
+    types |= dict.fromkeys(("t_ptr", "mean_ptr", "deviation_ptr", "partials_ptr"), "*fp32")
+    types |= {"M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64", "stride_tm": "i32"}
+    types |= {"operand_ptr": "*fp8e4nv" if operand == "fp8" else "*bf16"}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "WORD_MAJOR": False, "RANK": activation.padded_rank(rank)}
+    compiled = compile_for((9, 0), activation._prepare_kernel, types, constants, warps, aligned=("K", "stride_xm"))
+    if CUOBJDUMP.exists():
+        assert spills(compiled) == 0

@@ -1,0 +1,82 @@
+"""Copies in front of attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from svdq_compile.passes.attention_layout import attention_layout
+from svdq_compile.testing.oracle import assert_bits_equal
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def rewritten(function):
+    """The report of the pass and the methods called; results must not change."""
+    seen = {}
+
+    def backend(gm, example_inputs):
+        seen["report"] = attention_layout(gm)
+        seen["methods"] = [node.target for node in gm.graph.nodes if node.op == "call_method"]
+        return gm.forward
+
+    x = torch.randn(3, 2, 7, 4, 16, generator=torch.Generator().manual_seed(0))
+    actual = torch.compile(function, backend=backend, fullgraph=True)(*x)
+    expected = function(*x)
+    for a, b in zip(actual, expected, strict=True):
+        assert_bits_equal(a, b)
+    return seen
+
+
+def heads(x):
+    return x.permute(0, 2, 1, 3)
+
+
+def test_what_diffusers_writes():
+    def function(q, k, v):
+        q, k, v = (heads(x).contiguous() for x in (q, k, v))
+        return (F.scaled_dot_product_attention(query=q, key=k, value=v).permute(0, 2, 1, 3),)
+
+    seen = rewritten(function)
+    assert len(seen["report"].matched) == 3
+    assert "contiguous" not in seen["methods"]
+
+
+def test_one_copy_for_keys_and_values():
+    def function(q, k, v):
+        k = heads(k).contiguous()
+        return (F.scaled_dot_product_attention(heads(q), k, k),)
+
+    assert len(rewritten(function)["report"].matched) == 1
+
+
+def test_a_copy_to_another_memory_format_is_left():
+    def function(q, k, v):
+        q = heads(q).contiguous(memory_format=torch.contiguous_format)
+        return (F.scaled_dot_product_attention(q, heads(k), heads(v)),)
+
+    ((_, why),) = rewritten(function)["report"].left
+    assert "memory format" in why
+
+
+def test_a_copy_that_brings_a_head_s_values_together_is_left():
+    def function(q, k, v):
+        q, k, v = (x.transpose(2, 3).permute(0, 3, 1, 2).transpose(2, 3)[..., :7] for x in (q, k, v))
+        return (F.scaled_dot_product_attention(q.contiguous(), k, v),)
+
+    ((_, why),) = rewritten(function)["report"].left
+    assert "next to each other" in why
+
+
+def test_a_copy_that_is_returned_is_left():
+    def function(q, k, v):
+        q = heads(q).contiguous()
+        return F.scaled_dot_product_attention(q, heads(k), heads(v)), q
+
+    ((_, why),) = rewritten(function)["report"].left
+    assert "else reads it" in why
+
+
+def test_other_copies_are_none_of_its_business():
+    seen = rewritten(lambda q, k, v: (heads(q).contiguous(), k, v))
+    assert seen["report"].left == ()
+    assert "contiguous" in seen["methods"]
