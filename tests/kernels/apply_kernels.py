@@ -15,8 +15,8 @@ from svdq_kernels import dense, fp4
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
-from svdq_kernels.projection import sum_partials
 from svdq_kernels.feed_forward import multiply_gelu_quantize
+from svdq_kernels.projection import sum_partials
 
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move

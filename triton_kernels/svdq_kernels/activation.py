@@ -216,26 +216,27 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     """Constants of the kernel and its ``num_warps``.
 
     A few tokens: many small programs, one step each, because latency is all there is. More: few slices of K, because
-    every tile of the GEMM reads all partials. Many: enough bytes in flight as well. ``nvfp4`` is bound by arithmetic
-    and wants more programs instead.
+    every tile of the GEMM reads all partials. Many, whose partials are summed first: slices enough for
+    :data:`PROGRAMS`, so that memory is never idle.
     """
     if m <= 4:
         return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
-    split = 1536 if k <= 4096 else 3072
-    if operand == "nvfp4":
-        split //= 3
     warps = 4 if rank <= 64 else 8
-    if m < 1024:
-        block_m = 16 if m <= 64 else 32
-        stages = 3 if rank <= 128 else 2
+    if m < MANY_TOKENS:
+        split = (1536 if k <= 4096 else 3072) // (6 if operand == "nvfp4" else 2)
         return {
-            "SPLIT_K": max(256, split // 2),
-            "BLOCK_M": block_m,
+            "SPLIT_K": max(256, split),
+            "BLOCK_M": 16 if m <= 64 else 32,
             "BLOCK_K": 128,
-            "STAGES": stages,
+            "STAGES": 3 if rank <= 128 else 2,
             "num_warps": warps,
         }
-    return {"SPLIT_K": split, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+    splits = max(1, min(-(-PROGRAMS // -(-m // 64)), k // 512, 8))
+    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+
+
+PROGRAMS = 384
+"""Programs of 64 tokens and four warps: about three for each multiprocessor of an H100."""
 
 
 def prepare(
