@@ -16,6 +16,8 @@ _HOME = {
     "patch": "model.patch",
     "capture": "cuda_graphs.captured",
     "verify": "verification",
+    "Denoising": "quality.denoise",
+    "DenoisingRun": "quality.denoise",
     "quantize": "quantization.api",
     "inspect": "inspection",
     "explain": "explanation",

@@ -6,7 +6,9 @@ import dataclasses
 import fnmatch
 import logging
 import math
-from collections.abc import Mapping
+import re
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +19,43 @@ from .model.bind import unwrap
 from .model.load import device_of
 from .model.resident import Resident, resident
 from .ops.weight import SVDQWeight
+from .quality.metrics import decibels, powers
+from .quality.plain import finite_or_none
 
 log = logging.getLogger(__name__)
+
+Sums = dict[str, tuple[torch.Tensor, ...]]
+"""Name -> sums of squares of what was expected and of the error."""
 
 SAME_MODEL = "compare a checkpoint with the model it was quantised from"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One linear, or the whole model: name, format, ``||y - y_ref|| / ||y_ref||``, and the same in dB."""
+    """One linear, or the whole model.
+
+    Args:
+        name: of the linear.
+        format: of its weight; ``dense`` if it is not quantised.
+        error: ``||y - y_ref|| / ||y_ref||``.
+        sqnr: the same in dB, ``10 * log10(||y_ref||^2 / ||y_ref - y||^2)``.
+    """
 
     name: str
     format: str
     error: float
     sqnr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """SQNR in dB of several linears: their name with ``*`` for the block, how many, least, median and most."""
+
+    name: str
+    count: int
+    worst: float
+    median: float
+    best: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +79,21 @@ class Verification:
         """The rows by falling error; NaN counts as worst."""
         return tuple(sorted(self.rows, key=lambda row: -math.inf if math.isnan(row.error) else -row.error))
 
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """All quantised linears, then those of each name; all linears where none is quantised."""
+        rows = [row for row in self.rows if row.format != "dense"] or self.rows
+        groups: dict[str, list[Row]] = {"all": list(rows)}
+        for row in rows:
+            groups.setdefault(re.sub(r"\.\d+\.", ".*.", row.name, count=1), []).append(row)
+        return tuple(_summary(name, [row.sqnr for row in group]) for name, group in groups.items())
+
     def to_dict(self) -> dict:
         """Plain data for JSON; NaN and infinity become None."""
         return {
-            "model": _plain(self.model),
-            "linears": [_plain(row) for row in self.rows],
+            "model": finite_or_none(dataclasses.asdict(self.model)),
+            "summaries": [finite_or_none(dataclasses.asdict(row)) for row in self.summaries],
+            "linears": [finite_or_none(dataclasses.asdict(row)) for row in self.rows],
             "resident": dataclasses.asdict(self.resident),
             "reference_resident": dataclasses.asdict(self.reference_resident),
         }
@@ -73,7 +108,13 @@ class Verification:
         return "\n".join([*lines, f"model: {self.resident}", f"reference: {self.reference_resident}"])
 
 
-def verify(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], *, layers: str = "*") -> Verification:
+def verify(
+    model: nn.Module,
+    reference: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    layers: str = "*",
+) -> Verification:
     """Compares two models linear by linear and as a whole.
 
     Every linear of ``model`` gets the input that the reference's linear of the same name gets, so its
@@ -82,33 +123,39 @@ def verify(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any], *,
     Args:
         model: the quantised model.
         reference: the model it was made from, on the same device and in the same dtype.
-        inputs: keyword arguments of both models' ``forward``; :func:`random_inputs` makes some.
+        inputs: keyword arguments of both models' ``forward``, or of several calls, whose squares add up;
+            :func:`random_inputs` makes some, :class:`svdq_compile.DenoisingRun` keeps those of a denoising run.
         layers: glob of the linears to compare.
 
     Raises:
         UnknownLinearError: one of the models has a linear the other has not.
         ShapeError: a linear has another size in the other model.
-        OptionError: no linear has a name like ``layers``.
+        OptionError: no linear has a name like ``layers``, or there are no inputs.
     """
     model, reference = unwrap(model), unwrap(reference)
     pairs = _pairs(model, reference)
     chosen = {name: pair for name, pair in pairs.items() if fnmatch.fnmatchcase(name, layers)}
     if not chosen:
         raise OptionError(f"no linear of {type(reference).__name__} matches {layers!r}")
-    powers: dict[str, list[torch.Tensor]] = {}
-    hooks = [pair[1].register_forward_hook(_compare(name, pair[0], powers)) for name, pair in chosen.items()]
+    calls = [inputs] if isinstance(inputs, Mapping) else inputs
+    if not calls:
+        raise OptionError("there are no inputs to compare the models on")
+    sums: Sums = {}
+    hooks = [pair[1].register_forward_hook(_compare(name, pair[0], sums)) for name, pair in chosen.items()]
     try:
         with torch.no_grad():
-            expected = _first(reference(**inputs))
+            expected = [_first(reference(**call)) for call in calls]
     finally:
         for hook in hooks:
             hook.remove()
+    whole: Sums = {}
     with torch.no_grad():
-        whole = _powers(_first(model(**inputs)), expected)
-    unreached = [name for name in chosen if name not in powers]
+        for call, y in zip(calls, expected):
+            _add(whole, "whole model", powers(_first(model(**call)), y))
+    unreached = [name for name in chosen if name not in sums]
     if unreached:
         log.warning("%d linears did not run on these inputs, %s first", len(unreached), unreached[0])
-    rows = (_row(name, _format(chosen[name][0]), powers[name]) for name in chosen if name in powers)
+    rows = (_row(name, _format(pair[0]), sums) for name, pair in chosen.items() if name in sums)
     return Verification(tuple(rows), _row("whole model", "", whole), resident(model), resident(reference))
 
 
@@ -169,32 +216,31 @@ def _pairs(model: nn.Module, reference: nn.Module) -> dict[str, tuple[nn.Linear,
     return {name: (ours[name], linear) for name, linear in theirs.items()}
 
 
-def _compare(name: str, linear: nn.Linear, powers: dict[str, list[torch.Tensor]]):
-    """A forward hook that adds up the squares of the error and of the output."""
+def _compare(name: str, linear: nn.Linear, sums: Sums):
+    """A forward hook that adds up the squares of the output and of the error."""
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         (x,) = args
         # Not linear(x): in a model compared with itself that would run this hook again.
-        new = _powers(linear.forward(x), output)
-        powers[name] = [a + b for a, b in zip(powers[name], new)] if name in powers else new
+        _add(sums, name, powers(linear.forward(x), output))
 
     return hook
 
 
-def _powers(y: torch.Tensor, expected: torch.Tensor) -> list[torch.Tensor]:
-    """Sums of squares of the error and of what was expected."""
-    wide = expected.double()
-    return [(y.double() - wide).square().sum(), wide.square().sum()]
+def _add(sums: Sums, name: str, new: Sequence[torch.Tensor]) -> None:
+    sums[name] = tuple(a + b for a, b in zip(sums[name], new)) if name in sums else tuple(new)
 
 
-def _row(name: str, format: str, powers: list[torch.Tensor]) -> Row:
-    noise, signal = (float(power) for power in powers)
-    if noise == 0:
-        return Row(name, format, 0.0, math.inf)
-    if signal == 0:
-        return Row(name, format, math.inf, -math.inf)
-    ratio = signal / noise
-    return Row(name, format, math.sqrt(noise / signal), 10 * math.log10(ratio) if ratio else -math.inf)
+def _row(name: str, format: str, sums: Sums) -> Row:
+    signal, noise = (float(power) for power in sums[name])
+    error = 0.0 if noise == 0 else math.sqrt(noise / signal) if signal != 0 else math.inf
+    return Row(name, format, error, decibels(signal, noise))
+
+
+def _summary(name: str, sqnrs: list[float]) -> Summary:
+    # NaN has no order; here it is as bad as can be.
+    ordered = sorted(-math.inf if math.isnan(sqnr) else sqnr for sqnr in sqnrs)
+    return Summary(name, len(ordered), ordered[0], statistics.median(ordered), ordered[-1])
 
 
 def _format(linear: nn.Linear) -> str:
@@ -204,7 +250,3 @@ def _format(linear: nn.Linear) -> str:
 def _first(output: Any) -> torch.Tensor:
     """The tensor a model returned, alone, in a tuple or in diffusers' output class."""
     return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _plain(row: Row) -> dict:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in dataclasses.asdict(row).items()}

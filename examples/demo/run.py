@@ -8,15 +8,13 @@ NVFP4 is, or if switching the low-rank branch off does no harm.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import QwenImagePipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 import svdq_compile
@@ -32,12 +30,13 @@ from svdq_compile.cli.common import pick_device, positive
 from svdq_compile.cli.quantize import copy_rest
 from svdq_compile.model.load import quantised_linears
 from svdq_compile.ops.weight import SVDQWeight
+from svdq_compile.quality.metrics import psnr
+from svdq_compile.quality.plain import finite_or_none
+from svdq_compile.quality.record import Call, recorded, spread
+from svdq_compile.quality.sheet import contact_sheet
 from svdq_compile.quantization.modelopt import export
 from svdq_compile.quantization.recipes import Recipe
 from svdq_compile.spec import Format
-
-Call = tuple[dict[str, Any], torch.Tensor]
-"""Keyword arguments of a transformer's forward pass, and what it returned."""
 
 PIPELINE = Path(__file__).parent / "pipeline"
 PROMPTS = (
@@ -95,7 +94,7 @@ class Column:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; infinity becomes None."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "images"}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+        return finite_or_none(plain)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -155,27 +154,6 @@ def without_lora(transformer: nn.Module) -> nn.Module:
     return transformer
 
 
-@contextlib.contextmanager
-def recorded(transformer: nn.Module) -> Iterator[list[Call]]:
-    """A list that every forward pass adds its keyword arguments and its output to."""
-    calls: list[Call] = []
-
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((dict(kwargs), output[0]))
-
-    hook = transformer.register_forward_hook(record, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        hook.remove()
-
-
-def spread(calls: list[Call], steps: int) -> list[Call]:
-    """The calls of some denoising steps, evenly spaced from the first on; each step calls twice, for guidance."""
-    pairs = [calls[i : i + 2] for i in range(0, len(calls), 2)]
-    return [call for pair in pairs[:: max(1, len(pairs) // steps)] for call in pair]
-
-
 def model_error(transformer: nn.Module, calls: list[Call]) -> float:
     """Mean relative error of a transformer's output over recorded calls."""
     errors = []
@@ -186,12 +164,6 @@ def model_error(transformer: nn.Module, calls: list[Call]) -> float:
     return sum(errors) / len(errors)
 
 
-def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean PSNR in dB of pictures in [0, 1]; infinite if they are the same."""
-    powers = (images - reference).double().square().flatten(1).mean(dim=1)
-    return float((-10 * powers.log10()).mean())
-
-
 def bits_per_weight(transformer: nn.Module) -> float:
     """Stored bits for each weight of the quantised linears; 16 if there are none."""
     weights = [module.weight for module in quantised_linears(transformer).values()]
@@ -200,21 +172,15 @@ def bits_per_weight(transformer: nn.Module) -> float:
     return 8 * sum(weight.packed_nbytes() for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-def contact_sheet(columns: list[Column], prompts: tuple[str, ...], scale: int = 3) -> Image.Image:
-    """Rows are prompts, columns are transformers; pictures are enlarged by whole pixels."""
-    gap, head, side = 8, 28, 300
-    cell = SIZE * scale + gap
-    sheet = Image.new("RGB", (side + cell * len(columns), head + cell * len(prompts)), (232, 232, 232))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for x, column in enumerate(columns):
-        pen.text((side + x * cell + (cell - gap) // 2, head // 2), column.name, "black", font, "mm")
-        for y, picture in enumerate(column.images):
-            pixels = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-            enlarged = Image.fromarray(pixels).resize((SIZE * scale, SIZE * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (side + x * cell, head + y * cell))
-    for y, prompt in enumerate(prompts):
-        pen.text((gap, head + y * cell + (cell - gap) // 2), prompt, "black", font, "lm")
-    return sheet
+def sheet_of(columns: list[Column], prompts: tuple[str, ...]) -> Image.Image:
+    """Rows are prompts, columns are transformers."""
+    pictures = [[picture(image) for image in column.images] for column in columns]
+    return contact_sheet(pictures, [column.name for column in columns], prompts, scale=3)
+
+
+def picture(image: torch.Tensor) -> Image.Image:
+    """A picture (3, h, w) in [0, 1] in 8 bits."""
+    return Image.fromarray((image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
 
 
 def table(columns: list[Column]) -> str:
@@ -303,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             images = draw(pipe, transformer, prompts, args.steps, args.seed, "pt").float().cpu()
         seconds = time.perf_counter() - start
         if not columns:
-            calls = spread(seen, TESTED_STEPS)
+            calls = spread(seen, args.steps, TESTED_STEPS)
         reference = columns[0].images if columns else images
         columns.append(
             Column(
@@ -311,14 +277,14 @@ def main(argv: list[str] | None = None) -> int:
                 svdq_compile.inspect(folder).manifest.nbytes,
                 bits_per_weight(transformer),
                 model_error(transformer, calls),
-                mean_psnr(images, reference),
+                float(psnr(images, reference).mean()),
                 seconds,
                 images,
             )
         )
 
     sheet = args.output / "contact_sheet.png"
-    contact_sheet(columns, prompts).save(sheet)
+    sheet_of(columns, prompts).save(sheet)
     found = failures(columns)
     results = {"prompts": prompts, "steps": args.steps, "seed": args.seed, "rank": args.rank}
     results |= {"columns": [column.to_dict() for column in columns], "failures": found}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ..checkpoint.source import SUBFOLDER
 from ..errors import OptionError
 from ..ops.modes import COMPUTE_MODES
 from ..spec import STORAGES
@@ -13,6 +15,10 @@ from ..spec import STORAGES
 if TYPE_CHECKING:
     import torch
 
+COMPUTE_HELP = (
+    "by device (auto), 4-bit operands (nvfp4), e4m3 operands (fp8), 4-bit weight only (bf16), "
+    "or ModelOpt's simulation bit for bit (modelopt)"
+)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -31,12 +37,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--compute",
-        choices=COMPUTE_MODES,
-        default="auto",
-        help="by device (auto), 4-bit operands, e4m3 operands, 4-bit weight only, or ModelOpt's simulation bit for bit",
-    )
+    parser.add_argument("--compute", choices=COMPUTE_MODES, default="auto", help=COMPUTE_HELP)
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +53,12 @@ def show(result: Result, as_json: bool) -> int:
     """Prints a result and returns exit code 0."""
     print(json.dumps(result.to_dict(), indent=2) if as_json else result)
     return 0
+
+
+def short_name(checkpoint: str) -> str:
+    """A checkpoint's folder or file name; the pipeline's where it is the transformer in one."""
+    path = Path(checkpoint)
+    return path.parent.name if path.name == SUBFOLDER and path.parent.name else path.name
 
 
 def pick_device(name: str | None) -> torch.device:

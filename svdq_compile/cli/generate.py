@@ -13,15 +13,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..bench.plan import listed
 from ..errors import OptionError
 from ..ops.modes import COMPUTE_MODES
 from ..spec import STORAGES
 from .common import DTYPES, add_device, pick_device, positive
+from .compare import SHEET, compare, parse_candidate
 from .config import read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
+
+    from ..quality.denoise import Denoising
 
 DEFAULTS = {
     "model": None,
@@ -43,6 +47,7 @@ DEFAULTS = {
     "compute": "auto",
     "storage": "packed",
     "attention": None,
+    "compare": None,
     "output": ".",
 }
 """Values of options that neither the command line nor the YAML file gives."""
@@ -87,6 +92,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compute", choices=COMPUTE_MODES, help="arithmetic of quantised linears (auto: by device)")
     add("--storage", choices=STORAGES, help="quantised weights as in the file, or NVFP4 ones as FP8 (packed)")
     add("--attention", metavar="NAME", help="attention backend of diffusers, such as _native_cudnn")
+    add(
+        "--compare",
+        type=listed(parse_candidate),
+        metavar="[PATH:]MODE,...",
+        help=f"compute modes of --transformer or other checkpoints, next to the pipeline's own; writes {SHEET}",
+    )
     add("--output", metavar="PATH", help="folder for SEED.png, or NAME.png; with --count a contact sheet (.)")
 
 
@@ -100,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
     """
     options = settings(args)
     check_backend(options)
+    if options.compare is not None:
+        compare(options, plan_of(options), prepare)
+        return 0
     import torch
 
     from ..model.resident import resident
@@ -135,6 +149,15 @@ def settings(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(options, name) is None:
             raise OptionError(f"there is no {name}: give --{name}, or `{name}:` in the YAML file")
     return options
+
+
+def plan_of(options: argparse.Namespace) -> Denoising:
+    """The pictures the options ask for: one prompt with ``count`` seeds."""
+    from ..quality.denoise import Denoising
+
+    seeds = tuple(range(options.seed, options.seed + options.count))
+    sizes = (options.steps, options.width, options.height)
+    return Denoising((options.prompt,), seeds, *sizes, options.cfg, options.negative_prompt)
 
 
 def check_backend(options: argparse.Namespace) -> None:
@@ -176,24 +199,15 @@ def draw(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[Path]:
     Returns:
         The files, in the order they were written.
     """
-    import torch
+    from ..quality.denoise import picture
 
-    output = Path(options.output)
+    plan, output = plan_of(options), Path(options.output)
     is_file = output.suffix.lower() == ".png"
     (output.parent if is_file else output).mkdir(parents=True, exist_ok=True)
     images, files = [], []
-    for seed in range(options.seed, options.seed + options.count):
+    for prompt, seed in plan.pictures:
         start = time.perf_counter()
-        image = pipe(
-            prompt=options.prompt,
-            negative_prompt=options.negative_prompt,
-            true_cfg_scale=options.cfg,
-            num_inference_steps=options.steps,
-            width=options.width,
-            height=options.height,
-            # Noise drawn on the CPU is the same on every machine.
-            generator=torch.Generator("cpu").manual_seed(seed),
-        ).images[0]
+        image = picture(pipe, plan, prompt, seed)
         seconds = time.perf_counter() - start
         file = output / f"{seed}.png"
         if is_file:

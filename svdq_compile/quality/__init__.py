@@ -1,0 +1,1 @@
+"""How much quantisation changes pictures: metrics, denoising runs, contact sheets. Importing this imports no torch."""
