@@ -38,10 +38,17 @@ def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, par
         "svdq_linear",
         [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
         call.layout,
-        [{**fixed, **config} for config in configs],
+        [dense_config(fixed, config) for config in configs],
         extern,
         {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
     )
+
+
+def dense_config(fixed: dict[str, object], config: dict[str, int]) -> dict[str, object]:
+    """Constants of a template on dense operands with one of ``svdq_kernels.dense.configurations``."""
+    from svdq_kernels.dense import column_parts_of
+
+    return {**fixed, **config, "PARTS": column_parts_of(config["BLOCK_N"])}
 
 
 def blockscaled(call: Call) -> ir.TensorBox:

@@ -63,7 +63,7 @@ def _dense(calls: list[Call]) -> ir.TensorBox:
         configs = configs[:1]
     inputs, parts = _inputs(calls, (x,), [weight[:2] for weight in weights], scale_a, partials)
     template = group_templates.dense(parts, len(calls), tma)
-    return _call(calls, template, inputs, [{**constants, **config} for config in configs])
+    return _call(calls, template, inputs, [gemm.dense_config(constants, config) for config in configs])
 
 
 def _blockscaled(calls: list[Call]) -> ir.TensorBox:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 from .._compat import SymbolicGridFn, TritonTemplate
+from .templates import arguments
 
 SHARED = ("SCALE_A", "PARTIALS")
 OWN = ("UP", "BIAS")
@@ -51,7 +52,18 @@ def names(shared: tuple[str, ...], own: tuple[str, ...], parts: tuple[str, ...],
 
 
 def _source(
-    shared, own, parts, members, before, tiles, product, imports, rows="BLOCK_M", select=(), persistent=False
+    shared,
+    own,
+    parts,
+    members,
+    before,
+    tiles,
+    product,
+    imports,
+    rows="BLOCK_M",
+    columns="BLOCK_N",
+    select=(),
+    persistent=False,
 ) -> str:
     """Text of a template.
 
@@ -59,9 +71,9 @@ def _source(
         shared, own, parts, members: as :func:`names`.
         before: lines ahead of all members.
         tiles: how many tiles a member has.
-        product: lines that compute acc, offs_m and offs_n of one tile.
+        product: lines that compute acc, offs_m and offs_n of one tile; a last one that is indented leaves a loop open.
         imports: lines behind the kernel.
-        rows: size of offs_m.
+        rows, columns: sizes of offs_m and offs_n.
         select: more (name, value with the member's number left out) a member has.
         persistent: whether a program takes several tiles.
     """
@@ -73,15 +85,16 @@ def _source(
         lines.append(f'            N = {{{{size("W{g}", 0)}}}}')
         taken = [(name, name) for name in (*own, *(name for name in OWN if name in parts))]
         lines += [f"            {name} = {value}{g}" for name, value in (*taken, *select)]
-    where = '("idx_m", "idx_n"), "acc", "mask", indent_width=12'
-    store = f'{{{{store_output({where}, val_shape=("{rows}", "BLOCK_N"))}}}}'
+    loop = " " * (len(product[-1]) - len(product[-1].lstrip()))
+    where = f'("idx_m", "idx_n"), "acc", "mask", indent_width={12 + len(loop)}'
+    store = f'{{{{store_output({where}, val_shape=("{rows}", "{columns}"))}}}}'
     body = [
         *product,
         # 64 bits where the result has 2**31 elements or more.
-        "idx_m = offs_m.to(INDEX_DTYPE)[:, None]",
-        "idx_n = (first_n + offs_n).to(INDEX_DTYPE)[None, :]",
-        "mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]",
-        store,
+        f"{loop}idx_m = offs_m.to(INDEX_DTYPE)[:, None]",
+        f"{loop}idx_n = (first_n + offs_n).to(INDEX_DTYPE)[None, :]",
+        f"{loop}mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]",
+        f"{loop}{store}",
     ]
     walk, behind = PERSISTENT if persistent else ONE_TILE
     lines += [
@@ -124,18 +137,18 @@ def dense(parts: tuple[str, ...], members: int, tma: bool) -> TritonTemplate:
             for g in range(members)
         ]
         select = [("w", "w")]
-    scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
     product = [
         "origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)",
-        "acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)",
+        "y = dense_tile(",
+        f"    x, w, {arguments(parts)}, origin_m, origin_n, M, N, K, stride_xm, stride_wn,",
+        "    PER_TOKEN, FACTOR_A, FACTOR_B, RANK, SPLITS, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, TMA",
+        ")",
         "offs_m = origin_m + tl.arange(0, BLOCK_M)",
-        "offs_n = origin_n + tl.arange(0, BLOCK_N)",
-        f"acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)",
+        "columns = column_parts(y, BLOCK_M, BLOCK_N, PARTS)",
+        "for i in tl.static_range(PARTS):",
+        "    acc = columns[i]",
+        "    offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)",
     ]
-    if "UP" in parts:
-        product.append("acc = add_low_rank(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, CHUNK)")
-    if "BIAS" in parts:
-        product.append("acc = add_bias(acc, BIAS, offs_n, N)")
     source = _source(
         ("X",),
         ("W", "SCALE_B"),
@@ -144,7 +157,8 @@ def dense(parts: tuple[str, ...], members: int, tma: bool) -> TritonTemplate:
         before,
         "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)",
         product,
-        ["from svdq_kernels.dense import add_bias, add_low_rank, product, scaled, tile_origin"],
+        ["from svdq_kernels.dense import column_parts, dense_tile, tile_origin"],
+        columns="BLOCK_N // PARTS",
         select=select,
         persistent=True,
     )

@@ -51,7 +51,26 @@ def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor 
         }
         grid = [splits, _compat.ceildiv(m, config["BLOCK_M"]), 1]
         launch.launch(kernels._prepare_kernel, grid, arguments, warps)
+    if kernels.sums_partials(call.hint, operand, splits, call.rank):
+        partials = _sum_partials(call, partials, splits)
     return None if operand == "none" else result, t, partials
+
+
+def _sum_partials(call: Call, partials: Tensor, splits: int) -> Tensor:
+    """As :func:`svdq_kernels.projection.sum_partials`."""
+    from svdq_kernels import projection as kernels
+
+    h = launch.empty([1, call.tokens, call.rank], call.dtype, call.device)
+    size = call.tokens * call.rank
+    arguments = {
+        "partials_ptr": partials,
+        "h_ptr": h,
+        "size": size,
+        "SPLITS": splits,
+        "BLOCK": kernels.BLOCK,
+    }
+    launch.launch(kernels._sum_kernel, [_compat.ceildiv(size, kernels.BLOCK), 1, 1], arguments)
+    return h
 
 
 def quantize_packed(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,30 +26,21 @@ def tile_grid(m, n, meta, *, cdiv):
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
-def _epilogue(parts: tuple[str, ...], indent: str) -> str:
-    """Scales, low-rank branch and bias of one tile, and its store."""
-    scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
-    lines = [
-        "offs_m = origin_m + tl.arange(0, BLOCK_M)",
-        "offs_n = origin_n + tl.arange(0, BLOCK_N)",
-        f"acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)",
-    ]
-    if "UP" in parts:
-        lines.append("acc = add_low_rank(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, CHUNK)")
-    if "BIAS" in parts:
-        lines.append("acc = add_bias(acc, BIAS, offs_n, N)")
-    return "".join(f"{indent}{line}\n" for line in lines) + _store(indent)
+def arguments(parts: tuple[str, ...]) -> str:
+    """Scales, low-rank branch and bias in the order ``dense_tile`` takes them, None for what is absent."""
+    names = ("SCALE_A", "SCALE_B", "PARTIALS", "UP", "BIAS")
+    return ", ".join(name if name in (*parts, "SCALE_B") else "None" for name in names)
 
 
-def _store(indent: str, rows: str = "BLOCK_M") -> str:
+def _store(indent: str, rows: str = "BLOCK_M", columns: str = "BLOCK_N") -> str:
     """The store of acc at offs_m and offs_n, with Inductor's fused epilogue before it."""
-    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("%s", "BLOCK_N"))}}'
+    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("%s", "%s"))}}'
     lines = [
         # 64 bits where the result has 2**31 elements or more.
         "idx_m = offs_m.to(INDEX_DTYPE)[:, None]",
         "idx_n = offs_n.to(INDEX_DTYPE)[None, :]",
         "mask = (idx_m < M) & (idx_n < N)",
-        store % (len(indent), rows),
+        store % (len(indent), rows, columns),
     ]
     return "".join(f"{indent}{line}\n" for line in lines)
 
@@ -79,10 +70,17 @@ def dense(parts: tuple[str, ...], tma: bool) -> TritonTemplate:
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, PROGRAMS):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-{_epilogue(parts, " " * 8)}
-
-from svdq_kernels.dense import add_bias, add_low_rank, product, scaled, tile_origin
+        y = dense_tile(
+            x, w, {arguments(parts)}, origin_m, origin_n, M, N, K, stride_xm, stride_wn,
+            PER_TOKEN, FACTOR_A, FACTOR_B, RANK, SPLITS, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, TMA
+        )
+        offs_m = origin_m + tl.arange(0, BLOCK_M)
+        columns = column_parts(y, BLOCK_M, BLOCK_N, PARTS)
+        for i in tl.static_range(PARTS):
+            acc = columns[i]
+            offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+{_store(" " * 12, columns="BLOCK_N // PARTS")}
+from svdq_kernels.dense import column_parts, dense_tile, tile_origin
 """
     return TritonTemplate(name=_name("svdq_dense", parts, tma), grid=persistent_grid, source=source)
 

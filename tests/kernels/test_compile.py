@@ -41,18 +41,18 @@ def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
     return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
 
 
-def gemm(capability, dtype, config, rank=32, per_token=False, bias=True):
+def gemm(capability, dtype, config, rank=32, per_token=False, bias=True, splits=1):
     constants = dict(config)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     tma = dense.uses_tma(capability)
     types = {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
     types |= {"stride_xm": "i64", "stride_wn": "i64"}
     types |= {"bias_ptr": "*bf16"} if bias else {}
-    types |= {"partials_ptr": "*fp32", "up_ptr": "*bf16"} if rank else {}
+    types |= {"partials_ptr": "*bf16" if splits == 1 else "*fp32", "up_ptr": "*bf16"} if rank else {}
     for name, rows in (("x", constants["BLOCK_M"]), ("w", constants["BLOCK_N"])):
         types[name] = f"tensordesc<{dtype}[{rows}, {constants['BLOCK_K']}]>" if tma else f"*{dtype}"
-    constants |= {"PER_TOKEN": per_token, "FACTOR_A": 6.0, "FACTOR_B": 8.0, "R": rank, "SPLITS": 2, "TMA": tma}
-    constants |= {"CHUNK": dense.rank_chunk(rank)}
+    constants |= {"PER_TOKEN": per_token, "FACTOR_A": 6.0, "FACTOR_B": 8.0, "R": rank, "SPLITS": splits, "TMA": tma}
+    constants |= {"CHUNK": dense.rank_chunk(rank), "PARTS": dense.column_parts_of(constants["BLOCK_N"])}
     return compiled(capability, dense._dense_kernel, types, constants, **options)
 
 
@@ -137,9 +137,22 @@ def test_dense(capability, element_size, config):
 
 @pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_dense_ranks(rank, per_token):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_dense_ranks(rank, per_token, splits):
     config = dense.configurations(4096, 3072, 1, (9, 0))[0]
-    assert "wgmma" in gemm((9, 0), "fp8e4nv", config, rank, per_token, bias=not per_token)
+    ptx = gemm((9, 0), "fp8e4nv", config, rank, per_token, bias=not per_token, splits=splits)
+    assert "wgmma" in ptx
+
+
+@pytest.mark.parametrize("dtype", ["fp8e4nv", "bf16"])
+def test_nothing_waits_for_the_low_rank_branch_before_the_main_loop(dtype):
+    config = dense.configurations(4096, 3072, 1 if dtype == "fp8e4nv" else 2, (9, 0))[0]
+    ptx = gemm((9, 0), dtype, config, 32)
+    ahead = ptx[: ptx.index("cp.async.bulk.tensor")]
+    # Behind the stores of the tile before: the loads of h and L1, and no copy of them to shared memory yet.
+    ahead = ahead[ahead.rindex("st.global") :]
+    assert "ld.global" in ahead
+    assert "st.shared" not in ahead
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)

@@ -103,6 +103,14 @@ SIZES = (
 ARGUMENTS = st.builds(make, *SIZES)
 
 
+def rounded(args):
+    """h [1, M, R] in L1's dtype."""
+    h = args["partials"][0].clone()
+    for part in args["partials"][1:]:
+        h += part
+    return h[None].to(args["lora_up"].dtype)
+
+
 def interpreted(make):
     """Arguments for Triton's interpreter, which multiplies float16 and e4m3, but bits of bfloat16."""
     shapes = [
@@ -111,6 +119,7 @@ def interpreted(make):
         (65, 129, 272, 48, 8, "tokens", False),
         (3, 260, 144, 32, 3, "tokens", True),
         (129, 5, 32, 128, 1, "one", False),
+        (70, 140, 48, 32, 1, "tokens", True),
     ]
     cases = []
     for seed, (m, n, k, *rest) in enumerate(shapes):
@@ -126,6 +135,7 @@ def interpreted(make):
 @pytest.mark.parametrize("major", [8, 9])
 def test_in_the_interpreter(major, tmp_path):
     exact, close = interpreted(make_exact), interpreted(make)
+    exact += [{**args, "partials": rounded(args)} for args in exact if args["partials"] is not None]
     cases = [("multiply", tuple(args.values())) for args in exact + close]
     results = run_script(APPLY, cases, tmp_path, "cpu", str(major))
     for args, actual in zip(exact, results):
@@ -194,6 +204,15 @@ def test_parts_of_h_are_added_in_order(args):
     for part in args["partials"][1:]:
         h += part
     assert_bits_equal(multiply(**{**args, "partials": h[None]}), multiply(**args))
+
+
+@gpu
+@given(ARGUMENTS)
+def test_h_may_come_rounded(args):
+    """As the tensor cores take it; of many tokens it is summed and rounded ahead of the GEMM."""
+    if args["partials"] is None:
+        return
+    assert_bits_equal(multiply(**{**args, "partials": rounded(args)}), multiply(**args))
 
 
 @gpu

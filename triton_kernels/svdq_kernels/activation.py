@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp4 import GROUP, magnitude_bits, round_e2m1, round_e4m3
+from .fp4 import GROUP, magnitude_bits, round_e4m3, round_magnitude
+from .projection import MANY_TOKENS, sum_partials
 
 OPERANDS = ("none", "plain", "nvfp4", "fp8")
 """none: projections only. plain: x_hat itself. nvfp4: e2m1 code times block scale, exact in 16 bits. fp8:
@@ -49,6 +50,24 @@ def modulated(x, mean, deviation, gain_ptr, shift_ptr, offs_k, mask_k):
 
 
 @triton.jit
+def quotients(a, b):
+    """``a / b`` rounded as IEEE demands, with one division for all that share a b.
+
+    b's reciprocal and two steps of Newton's method, whose remainders a fused multiply-add leaves exact, as a division
+    in hardware proceeds.
+
+    Args:
+        a: float32 [..., n], each at most 8 times its b. Where it is less than a fifth of b the quotient may be off.
+        b: float32 [..., 1], 0 or between 2**-100 and 2**100. 0 makes 0.
+    """
+    reciprocal = tl.where(b > 0, tl.div_rn(tl.full(b.shape, 1.0, tl.float32), b), 0.0)
+    reciprocal, b = tl.broadcast_to(reciprocal, a.shape), tl.broadcast_to(b, a.shape)
+    q = a * reciprocal
+    q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
+    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+
+
+@triton.jit
 def nvfp4_values(x_hat, t):
     """``e2m1(x_hat / (b * t)) * b`` with block scales ``b = e4m3(amax / (6 * t))``; 0 where ``b * t`` is 0.
 
@@ -60,12 +79,19 @@ def nvfp4_values(x_hat, t):
         float32 [BLOCK_M, BLOCK_K] with at most 6 significant bits.
     """
     blocks = tl.reshape(x_hat, (x_hat.shape[0], x_hat.shape[1] // 16, 16))
-    amax = tl.max(magnitude_bits(blocks), axis=2, keep_dims=True).to(tl.float32, bitcast=True)
+    # A power of two that keeps remainders of the division from underflow; no value depends on it.
+    power = tl.where(t < 2.0**-60, 2.0**64, tl.where(t > 2.0**60, 2.0**-64, 1.0))
+    bits = magnitude_bits(blocks * power)
+    amax = tl.max(bits, axis=2, keep_dims=True).to(tl.float32, bitcast=True)
     # Triton's / is not rounded as IEEE demands, and one ulp decides a tie.
-    scale = round_e4m3(tl.div_rn(amax, tl.broadcast_to(6.0 * t, amax.shape)))
-    step = scale * t
-    quotient = tl.div_rn(blocks, tl.broadcast_to(step, blocks.shape))
-    values = round_e2m1(tl.where(step == 0, 0.0, quotient)) * scale
+    scale = round_e4m3(tl.div_rn(amax, tl.broadcast_to(6.0 * t * power, amax.shape)))
+    step = scale * t * power
+    # NaN, of a scale that is NaN or of one whose t is infinite, takes 0.
+    step = tl.where(step > 0, step, 0.0)
+    a = tl.minimum(bits.to(tl.float32, bitcast=True), 6.0 * step)
+    values = round_magnitude(quotients(a, step), 1, 0) * scale
+    sign = tl.where(step > 0, -0x80000000, 0) & blocks.to(tl.int32, bitcast=True)
+    values = (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.reshape(values, x_hat.shape)
 
 
@@ -190,26 +216,27 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     """Constants of the kernel and its ``num_warps``.
 
     A few tokens: many small programs, one step each, because latency is all there is. More: few slices of K, because
-    every tile of the GEMM reads all partials. Many: enough bytes in flight as well. ``nvfp4`` is bound by arithmetic
-    and wants more programs instead.
+    every tile of the GEMM reads all partials. Many, whose partials are summed first: slices enough for
+    :data:`PROGRAMS`, so that memory is never idle.
     """
     if m <= 4:
         return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
-    split = 1536 if k <= 4096 else 3072
-    if operand == "nvfp4":
-        split //= 3
     warps = 4 if rank <= 64 else 8
-    if m < 1024:
-        block_m = 16 if m <= 64 else 32
-        stages = 3 if rank <= 128 else 2
+    if m < MANY_TOKENS:
+        split = (1536 if k <= 4096 else 3072) // (6 if operand == "nvfp4" else 2)
         return {
-            "SPLIT_K": max(256, split // 2),
-            "BLOCK_M": block_m,
+            "SPLIT_K": max(256, split),
+            "BLOCK_M": 16 if m <= 64 else 32,
             "BLOCK_K": 128,
-            "STAGES": stages,
+            "STAGES": 3 if rank <= 128 else 2,
             "num_warps": warps,
         }
-    return {"SPLIT_K": split, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+    splits = max(1, min(-(-PROGRAMS // -(-m // 64)), k // 512, 8))
+    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+
+
+PROGRAMS = 384
+"""Programs of 64 tokens and four warps: about three for each multiprocessor of an H100."""
 
 
 def prepare(
@@ -243,7 +270,7 @@ def prepare(
     Returns:
         The operand [M, K], contiguous: float8_e4m3fn for ``fp8``, else x's 16-bit dtype (bfloat16 for float32); None
         for ``none``. t: the one given, float32 [M, 1], or None for ``plain`` and ``none``.
-        Partials float32 [S, M, R] or None.
+        Partials float32 [S, M, R], or where :func:`sums_partials` says so their sum [1, M, R] in x's dtype; or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -296,7 +323,14 @@ def prepare(
                 num_warps=warps,
                 **chosen,
             )
+    if sums_partials(m, operand, splits, rank):
+        partials = sum_partials(partials, x.dtype)
     return None if operand == "none" else result, t, partials
+
+
+def sums_partials(m: int, operand: str, splits: int, rank: int) -> bool:
+    """Whether :func:`prepare` hands out the sum of the partial down-projections rather than all of them."""
+    return rank > 0 and splits > 1 and m >= MANY_TOKENS and operand != "none"
 
 
 def check_modulation(x, input_scale, operand, mean, deviation, gain, shift) -> None:

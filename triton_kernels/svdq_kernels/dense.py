@@ -2,8 +2,8 @@
 
     y = (x_q @ w_q.T) * (scale_a * scale_b) + h @ L1.T + bias
 
-One persistent program per multiprocessor walks over the output tiles. h arrives as partial sums over slices of K,
-which every tile adds in the same order, so results do not depend on the launch.
+One persistent program per multiprocessor walks over the output tiles. h arrives as its sum, or as partial sums over
+slices of K that every tile adds in the same order, so results do not depend on the launch.
 """
 
 import torch
@@ -92,6 +92,41 @@ def scaled(
 
 
 @triton.jit
+def load_low_rank(
+    partials_ptr,
+    up_ptr,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    first,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Ranks first to first + CHUNK of ``h = sum of partials``, [BLOCK_M, CHUNK], and of L1, [BLOCK_N, CHUNK].
+
+    Args:
+        partials_ptr: [SPLITS, M, R] contiguous, float32 or, of a sum made before, L1's dtype.
+        up_ptr: L1 [N, R] contiguous.
+    """
+    offs_r = first + tl.arange(0, CHUNK)
+    row = offs_m.to(tl.int64)
+    mask_h = (offs_m < M)[:, None]
+    mask_up = (offs_n < N)[:, None]
+    if R % CHUNK:
+        mask_h &= (offs_r < R)[None, :]
+        mask_up &= (offs_r < R)[None, :]
+    h = tl.load(partials_ptr + row[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        where = partials_ptr + (row + split * M)[:, None] * R + offs_r[None, :]
+        h += tl.load(where, mask=mask_h, other=0.0)
+    up = tl.load(up_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask_up, other=0.0)
+    # Rounded as a tensor core operand has to be.
+    return h.to(up.dtype), up
+
+
+@triton.jit
 def add_low_rank(
     acc,
     partials_ptr,
@@ -104,27 +139,14 @@ def add_low_rank(
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``acc + h @ L1.T`` with ``h = sum of partials``, rounded to L1's dtype as a tensor core operand has to be.
+    """``acc + h @ L1.T``; arguments as :func:`load_low_rank`.
 
     Args:
-        partials_ptr: float32 [SPLITS, M, R] contiguous.
-        up_ptr: L1 [N, R] contiguous.
         CHUNK: ranks multiplied at once, a power of two of at least 16.
     """
-    row = offs_m.to(tl.int64)
     for first in tl.static_range(0, R, CHUNK):
-        offs_r = first + tl.arange(0, CHUNK)
-        mask_h = (offs_m < M)[:, None]
-        mask_up = (offs_n < N)[:, None]
-        if R % CHUNK:
-            mask_h &= (offs_r < R)[None, :]
-            mask_up &= (offs_r < R)[None, :]
-        h = tl.load(partials_ptr + row[:, None] * R + offs_r[None, :], mask=mask_h, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            where = partials_ptr + (row + split * M)[:, None] * R + offs_r[None, :]
-            h += tl.load(where, mask=mask_h, other=0.0)
-        up = tl.load(up_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask_up, other=0.0)
-        acc = tl.dot(h.to(up.dtype), tl.trans(up), acc)
+        h, up = load_low_rank(partials_ptr, up_ptr, offs_m, offs_n, M, N, first, R, SPLITS, CHUNK)
+        acc = tl.dot(h, tl.trans(up), acc)
     return acc
 
 
@@ -132,6 +154,74 @@ def add_low_rank(
 def add_bias(acc, bias_ptr, offs_n, N):
     """``acc + bias`` for bias [N]."""
     return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def dense_tile(
+    x,
+    w,
+    scale_a_ptr,
+    scale_b_ptr,
+    partials_ptr,
+    up_ptr,
+    bias_ptr,
+    origin_m,
+    origin_n,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    PER_TOKEN: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """y of one tile, float32 [BLOCK_M, BLOCK_N]; arguments as in the functions above, None for an absent part."""
+    offs_m = origin_m + tl.arange(0, BLOCK_M)
+    offs_n = origin_n + tl.arange(0, BLOCK_N)
+    # A low-rank branch that fits the registers is on its way while the main loop runs.
+    EARLY: tl.constexpr = SPLITS == 1 and R <= CHUNK
+    if R > 0 and EARLY:
+        h, up = load_low_rank(partials_ptr, up_ptr, offs_m, offs_n, M, N, 0, R, SPLITS, CHUNK)
+    acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+    acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
+    if R > 0:
+        if EARLY:
+            # Never true, which Triton does not know: it would wait for h and L1 ahead of the main loop to copy them
+            # to shared memory. LLVM knows, and drops it.
+            never = tl.load(scale_b_ptr) > float("inf")
+            acc = tl.dot(tl.where(never, 0.0, h), tl.trans(tl.where(never, 0.0, up)), acc)
+        else:
+            acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
+    if bias_ptr is not None:
+        acc = add_bias(acc, bias_ptr, offs_n, N)
+    return acc
+
+
+@triton.jit
+def column_parts(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """The columns of a tile in PARTS parts of the same width, a power of two of them, from left to right.
+
+    Args:
+        acc: [BLOCK_M, BLOCK_N].
+
+    Returns:
+        Tuple of tensors [BLOCK_M, BLOCK_N / PARTS].
+    """
+    if PARTS == 1:
+        parts = (acc,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        halves: tl.constexpr = PARTS // 2
+        parts = column_parts(left, BLOCK_M, BLOCK_N // 2, halves) + column_parts(right, BLOCK_M, BLOCK_N // 2, halves)
+    return parts
 
 
 @triton.jit
@@ -156,29 +246,56 @@ def _dense_kernel(
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     TMA: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """The whole of y [M, N], contiguous; pointers as in the functions above, None for an absent part."""
+    """The whole of y [M, N], contiguous; pointers as in the functions above, None for an absent part.
+
+    Args:
+        PARTS: in how many parts a tile is stored.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        acc = dense_tile(
+            x,
+            w,
+            scale_a_ptr,
+            scale_b_ptr,
+            partials_ptr,
+            up_ptr,
+            bias_ptr,
+            origin_m,
+            origin_n,
+            M,
+            N,
+            K,
+            stride_xm,
+            stride_wn,
+            PER_TOKEN,
+            FACTOR_A,
+            FACTOR_B,
+            R,
+            SPLITS,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            TMA,
+        )
         offs_m = origin_m + tl.arange(0, BLOCK_M)
-        offs_n = origin_n + tl.arange(0, BLOCK_N)
-        acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
-        if R > 0:
-            acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
-        if bias_ptr is not None:
-            acc = add_bias(acc, bias_ptr, offs_n, N)
-        where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+        for i in tl.static_range(PARTS):
+            offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+            where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+            mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+            tl.store(out_ptr + where, parts[i].to(out_ptr.dtype.element_ty), mask=mask)
 
 
-HOPPER_TILES = ((128, 256, 8, 3), (128, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 6))
+HOPPER_TILES = ((128, 256, 8, 4), (128, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 6))
 """BLOCK_M, BLOCK_N, num_warps, num_stages that fit 227 KB of shared memory, largest first."""
 
 OTHER_TILES = ((128, 128, 8, 3), (64, 64, 4, 3))
@@ -218,6 +335,11 @@ def rank_chunk(rank: int) -> int:
     return 32 if rank > 16 else 16
 
 
+def column_parts_of(block_n: int) -> int:
+    """In how many parts a tile is stored: what is converted and stored at once is in registers twice."""
+    return max(1, block_n // 128)
+
+
 def uses_tma(capability: tuple[int, int]) -> bool:
     """Whether a GPU loads tiles by tensor descriptors (the copy engine of sm_90 and later)."""
     return capability[0] >= 9
@@ -243,7 +365,8 @@ def multiply(
         w_q: x_q's dtype [N, K], contiguous.
         scale_a: float32, one value, [M, 1] for one per token, or None for 1.
         scale_b: float32, one value.
-        partials: float32 [S, M, R], whose sum over S is h; None without a low-rank branch.
+        partials: float32 [S, M, R], whose sum over S is h, or h itself [1, M, R] in L1's dtype; None without a
+            low-rank branch.
         lora_up: L1 [N, R], bfloat16 or float16; None without a low-rank branch.
         bias: [N] or None.
         out_dtype: dtype of the result.
@@ -295,6 +418,7 @@ def multiply(
             SPLITS=partials.shape[0] if rank else 1,
             CHUNK=rank_chunk(rank),
             TMA=tma,
+            PARTS=column_parts_of(chosen["BLOCK_N"]),
             **chosen,
             **options,
         )

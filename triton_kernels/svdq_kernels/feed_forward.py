@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import dense
 from .activation import padded_rank, smooth
-from .dense import add_bias, add_low_rank, product, scaled, tile_origin
+from .dense import column_parts, dense_tile, tile_origin
 
 LINEAR = tl.constexpr(-2.302208198144325)
 """-2 * sqrt(2 / pi) * log2(e): what GELU's tanh form and its exponential in base 2 make of x."""
@@ -131,16 +131,35 @@ def _gelu_quantize_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        acc = dense_tile(
+            x,
+            w,
+            scale_a_ptr,
+            scale_b_ptr,
+            partials_ptr,
+            up_ptr,
+            bias_ptr,
+            origin_m,
+            origin_n,
+            M,
+            N,
+            K,
+            stride_xm,
+            stride_wn,
+            PER_TOKEN,
+            FACTOR_A,
+            FACTOR_B,
+            R,
+            SPLITS,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            TMA,
+        )
         offs_m = origin_m + tl.arange(0, BLOCK_M)
-        offs_n = origin_n + tl.arange(0, BLOCK_N)
-        acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
-        if R > 0:
-            acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
-        if bias_ptr is not None:
-            acc = add_bias(acc, bias_ptr, offs_n, N)
         # Half of the sums at a time: both halves at once do not fit the registers.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        left, right = column_parts(acc, BLOCK_M, BLOCK_N, 2)
         offs_left = origin_n + tl.arange(0, HALF)
         h = tl.zeros((BLOCK_M, NEXT_RANK if NEXT_RANK else 16), dtype=tl.float32)
         h = quantize_tile(
