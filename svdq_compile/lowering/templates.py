@@ -41,15 +41,15 @@ def _epilogue(parts: tuple[str, ...], indent: str) -> str:
     return "".join(f"{indent}{line}\n" for line in lines) + _store(indent)
 
 
-def _store(indent: str, rows: str = "BLOCK_M") -> str:
+def _store(indent: str) -> str:
     """The store of acc at offs_m and offs_n, with Inductor's fused epilogue before it."""
-    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("%s", "BLOCK_N"))}}'
+    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("BLOCK_M", "BLOCK_N"))}}'
     lines = [
         # 64 bits where the result has 2**31 elements or more.
         "idx_m = offs_m.to(INDEX_DTYPE)[:, None]",
         "idx_n = offs_n.to(INDEX_DTYPE)[None, :]",
         "mask = (idx_m < M) & (idx_n < N)",
-        store % (len(indent), rows),
+        store % len(indent),
     ]
     return "".join(f"{indent}{line}\n" for line in lines)
 
@@ -124,15 +124,15 @@ from svdq_kernels.dense import tile_origin
 
 @SymbolicGridFn
 def column_grid(m, n, meta, *, cdiv):
-    """One program per BLOCK_N columns."""
-    return (cdiv(n, meta["BLOCK_N"]), 1, 1)
+    """One program per tile, no order among them."""
+    return (cdiv(n, meta["BLOCK_N"]), cdiv(m, meta["BLOCK_M"]), 1)
 
 
 @functools.cache
 def gemv(parts: tuple[str, ...]) -> TritonTemplate:
     """The same for a few tokens on the packed weight.
 
-    Inputs X [M, K] word-major, W uint8 [N, K/2], WS e4m3 [N, K/16], SCALE_B, then those of :data:`OPTIONAL`.
+    Inputs X [M, K], W uint8 [N, K/2], WS e4m3 [N, K/16], SCALE_B, then those of :data:`OPTIONAL`.
 
     Args:
         parts: the optional inputs present.
@@ -141,21 +141,23 @@ def gemv(parts: tuple[str, ...]) -> TritonTemplate:
     scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
     more = ""
     if "UP" in parts:
-        more += "    acc = add_low_rank_vector(acc, PARTIALS, UP, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED, TOKENS)\n"
+        more += "    acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED)\n"
     if "BIAS" in parts:
         more += "    acc = add_bias(acc, BIAS, offs_n, N)\n"
     source = f"""{{{{def_kernel({names})}}}}
     M = {{{{size("X", 0)}}}}
     N = {{{{size("W", 0)}}}}
-    words_of_a_row = {{{{size("X", 1)}}}} // 8
-    offs_m = tl.arange(0, TOKENS)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    origin_n, origin_m = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
     words = W.to(tl.pointer_type(tl.int32), bitcast=True)
-    acc = matrix_vector(X, words, WS, offs_n, M, N, words_of_a_row, EVEN_W, TOKENS, BLOCK_N, BLOCK_W)
-    acc = scaled_vector(acc, {scale_a}, SCALE_B, M, TOKENS, PER_TOKEN)
-{more}{_store(" " * 4, "TOKENS")}
-from svdq_kernels.dense import add_bias
-from svdq_kernels.gemv import add_low_rank_vector, matrix_vector, scaled_vector
+    acc = few_tokens_product(
+        X, words, WS, origin_m, origin_n, M, N, IN_FEATURES, BLOCK_M, BLOCK_N, UNROLL, WARPS, EVEN_K
+    )
+    offs_m = origin_m + tl.arange(0, BLOCK_M)
+    offs_n = origin_n + tl.arange(0, BLOCK_N)
+    acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, 1.0, FACTOR)
+{more}{_store(" " * 4)}
+from svdq_kernels.dense import add_bias, scaled
+from svdq_kernels.gemv import add_low_rank_of_few, few_tokens_product
 """
     return TritonTemplate(name=_name("svdq_gemv", parts, False), grid=column_grid, source=source)
 
