@@ -16,6 +16,7 @@ from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
 from svdq_kernels.feed_forward import multiply_gelu_quantize
+from svdq_kernels.gemv import multiply_few
 
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move
@@ -30,6 +31,7 @@ LAUNCHERS = {
     "prepare_modulated": prepare_modulated,
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
+    "multiply_few": multiply_few,
     "multiply_gelu_quantize": multiply_gelu_quantize,
     "linear_cuda": cuda.linear_cuda,
 }

@@ -37,7 +37,7 @@ def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
     types |= {"stride_tm": "i32", "operand_ptr": "*fp8e4nv" if operand == "fp8" else f"*{dtype}"}
     types |= {"s_ptr": f"*{dtype}"} if smooth else {}
     types |= {"down_ptr": f"*{dtype}", "partials_ptr": "*fp32"} if rank else {}
-    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "WORD_MAJOR": False, "RANK": activation.padded_rank(rank)}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
     return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
 
 

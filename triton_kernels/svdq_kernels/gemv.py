@@ -143,18 +143,19 @@ def few_tokens_product(
     steps = tl.cdiv(K // 8, STEP)
     words = load_step(words_ptr, offs_w, 0, rows, N, True, STEP, K // 8, EVEN_K)
     block_scale = load_step(block_scale_ptr, offs_b, 0, rows, N, True, STEP // 2, K // 16, EVEN_K)
+    columns = load_step(x_ptr, offs_k, 0, tokens, M, True, STEP * 8, K, EVEN_K)
     for step in tl.range(0, steps):
-        x = load_step(x_ptr, offs_k, step, tokens, M, True, STEP * 8, K, EVEN_K)
-        # The next step's codes are under way while this one's are multiplied.
+        # The next step's operands are under way while this one's are multiplied.
         live = step + 1 < steps
+        next_columns = load_step(x_ptr, offs_k, step + 1, tokens, M, live, STEP * 8, K, EVEN_K)
         next_words = load_step(words_ptr, offs_w, step + 1, rows, N, live, STEP, K // 8, EVEN_K)
         next_scale = load_step(block_scale_ptr, offs_b, step + 1, rows, N, live, STEP // 2, K // 16, EVEN_K)
         a = tl.reshape(words, (UNROLL, ROWS, WARPS, 8, 4, 2, 2))
         a = tl.reshape(tl.permute(a, (2, 1, 3, 0, 5, 4, 6)), (WARPS, BLOCK_N, WORDS))
-        scale = scale_operand(block_scale, x.dtype)
+        scale = scale_operand(block_scale, columns.dtype)
         scale = tl.reshape(tl.join(scale, scale), (UNROLL, ROWS, WARPS, 8, 4, 2, 2))
         scale = tl.reshape(tl.permute(scale, (2, 1, 3, 0, 5, 4, 6)), (WARPS, BLOCK_N, WORDS))
-        x = tl.reshape(x, (UNROLL, 2, 2, TOKENS, WARPS, 8, 4, 8))
+        x = tl.reshape(columns, (UNROLL, 2, 2, TOKENS, WARPS, 8, 4, 8))
         x = tl.reshape(tl.permute(x, (4, 3, 5, 0, 1, 6, 2, 7)), (WARPS, BLOCK_M, WORDS * 8))
         even, odd = tl.split(tl.reshape(x, (WARPS, BLOCK_M, WORDS * 4, 2)))
         x_0, x_2 = tl.split(tl.reshape(even, (WARPS, BLOCK_M, WORDS * 2, 2)))
@@ -163,7 +164,7 @@ def few_tokens_product(
             x_j = x_0 if place == 0 else x_1 if place == 1 else x_2 if place == 2 else x_3
             w_j = tl.reshape(decode_pairs(a, scale, place), (WARPS, BLOCK_N, 2 * WORDS))
             acc = tl.dot(w_j, tl.permute(x_j, (0, 2, 1)), acc)
-        words, block_scale = next_words, next_scale
+        words, block_scale, columns = next_words, next_scale, next_columns
     return tl.trans(tl.sum(acc, 0))
 
 
