@@ -44,9 +44,7 @@ def names(shared: tuple[str, ...], own: tuple[str, ...], parts: tuple[str, ...],
     ]
 
 
-def _source(
-    shared, own, parts, members, before, tiles, product, imports, select=(), persistent=False
-) -> str:
+def _source(shared, own, parts, members, before, tiles, product, imports, select=(), persistent=False) -> str:
     """Text of a template.
 
     Args:

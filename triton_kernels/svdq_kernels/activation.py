@@ -190,7 +190,8 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     every tile of the GEMM reads all partials. Many: enough bytes in flight as well. ``nvfp4`` is bound by arithmetic
     and wants more programs instead.
     """
-    if m <= 4:
+    # Up to 16 tokens are one tile; the kernel that reads the packed weight adds all partials at once.
+    if m <= 4 or (m <= 16 and operand in ("plain", "nvfp4")):
         return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
     split = 1536 if k <= 4096 else 3072
     if operand == "nvfp4":

@@ -61,10 +61,7 @@ def scale_operand(block_scale, dtype: tl.constexpr):
     Args:
         block_scale: e4m3, or its bits as uint8 where Triton has no e4m3.
     """
-    if block_scale.dtype == tl.uint8:
-        value = decode_e4m3(block_scale)
-    else:
-        value = block_scale.to(tl.float32)
+    value = decode_e4m3(block_scale) if block_scale.dtype == tl.uint8 else block_scale.to(tl.float32)
     return (value * (2.0**119 if dtype == tl.bfloat16 else 2.0**7)).to(dtype)
 
 
@@ -248,7 +245,7 @@ def _gemv_kernel(
 
 
 def configuration(m: int, n: int, k: int) -> dict[str, int | bool]:
-    """Constants of :func:`few_tokens_product` and ``num_warps``, as measured on an H100.
+    """Constants of :func:`few_tokens_product` and ``num_warps``, as measured on sm_90 for 3072 inputs.
 
     Args:
         m: tokens, or a hint.
