@@ -26,8 +26,8 @@ NEEDS_CODES = ("nvfp4", "modelopt")
 FP8_MIN_TOKENS = 17
 """Fewest tokens of one call that ``fp8`` quantises.
 
-A linear of so few tokens is a weight read; a packed weight is then multiplied in 16 bits as it is unpacked, and rounding
-it to e4m3 gains nothing.
+A linear of so few tokens is a weight read; a packed weight is then multiplied in 16 bits as it is unpacked, and
+rounding it to e4m3 gains nothing.
 """
 
 
