@@ -87,7 +87,7 @@ def blockscaled_constants(call: Call, t: ir.TensorBox, partials: ir.TensorBox | 
 
 def gemv(call: Call) -> ir.TensorBox:
     """y [M, N] of a few tokens by the template that reads the packed weight."""
-    x, t, partials = operands.prepare(call, call.plan.operand, word_major=True)
+    x, t, partials = operands.prepare(call, call.plan.operand)
     present = _optional(call, t, partials)
     inputs = (x, launch.contiguous(call.qweight), operands.block_scale(call), call.weight_scale_2, *present.values())
     return _compat.template_call(
@@ -95,22 +95,22 @@ def gemv(call: Call) -> ir.TensorBox:
         "svdq_linear",
         [launch.stored(tensor) for tensor in inputs],
         call.layout,
-        [gemv_constants(call, t, partials)],
+        [gemv_constants(call, t, partials, call.out_features)],
     )
 
 
-def gemv_constants(call: Call, t: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, object]:
-    """Constants of a template that reads the packed weight."""
+def gemv_constants(
+    call: Call, t: ir.TensorBox | None, partials: ir.TensorBox | None, out_features: int
+) -> dict[str, object]:
+    """Constants of a template that reads the packed weight; out_features of all members together."""
     from svdq_kernels import gemv as kernels
 
     return {
         **constants(call, t, partials),
-        "EVEN_W": call.in_features // 8 % kernels.BLOCK_W == 0,
-        "TOKENS": _power_of_two(call.hint),
+        "IN_FEATURES": call.in_features,
+        "FACTOR": kernels.FACTOR,
         "SPLITS_PADDED": _power_of_two(int(partials.get_size()[0]) if call.rank else 1),
-        "BLOCK_N": kernels.BLOCK_N,
-        "BLOCK_W": kernels.BLOCK_W,
-        "num_warps": kernels.NUM_WARPS,
+        **kernels.configuration(call.hint, out_features, call.in_features),
         "num_stages": 1,
     }
 

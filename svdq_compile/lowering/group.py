@@ -78,11 +78,12 @@ def _blockscaled(calls: list[Call]) -> ir.TensorBox:
 
 def _gemv(calls: list[Call]) -> ir.TensorBox:
     first = calls[0]
-    x, t, partials = operands.prepare(first, first.plan.operand, word_major=True)
+    x, t, partials = operands.prepare(first, first.plan.operand)
     own = [(launch.contiguous(call.qweight), operands.block_scale(call), call.weight_scale_2) for call in calls]
     inputs, parts = _inputs(calls, (x,), own, t, partials)
     template = group_templates.gemv(parts, len(calls))
-    return _call(calls, template, inputs, [gemm.gemv_constants(first, t, partials)])
+    n = sum(call.out_features for call in calls)
+    return _call(calls, template, inputs, [gemm.gemv_constants(first, t, partials, n)])
 
 
 def _inputs(

@@ -36,12 +36,6 @@ def tile_grid(m, n, meta, *, cdiv):
     return (cdiv(m, meta["BLOCK_M"]) * meta["TILES_N"], 1, 1)
 
 
-@SymbolicGridFn
-def column_grid(m, n, meta):
-    """One program per BLOCK_N columns."""
-    return (meta["TILES_N"], 1, 1)
-
-
 def names(shared: tuple[str, ...], own: tuple[str, ...], parts: tuple[str, ...], members: int) -> list[str]:
     """Inputs of a template: the shared ones, then those of each member with its number."""
     return [
@@ -221,14 +215,18 @@ def gemv(parts: tuple[str, ...], members: int) -> TritonTemplate:
     """
     scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
     product = [
-        "offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, 1)",
         "words = W.to(tl.pointer_type(tl.int32), bitcast=True)",
-        "acc = matrix_vector(X, words, WS, offs_n, M, N, words_of_a_row, EVEN_W, TOKENS, BLOCK_N, BLOCK_W)",
-        f"acc = scaled_vector(acc, {scale_a}, SCALE_B, M, TOKENS, PER_TOKEN)",
+        "acc = few_tokens_product(",
+        "    X, words, WS, origin_m, origin_n, M, N, IN_FEATURES, BLOCK_M, BLOCK_N, UNROLL, WARPS, EVEN_K",
+        ")",
+        "offs_m = origin_m + tl.arange(0, BLOCK_M)",
+        "offs_n = origin_n + tl.arange(0, BLOCK_N)",
+        f"acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, 1.0, FACTOR)",
     ]
     if "UP" in parts:
         product.append(
-            "acc = add_low_rank_vector(acc, PARTIALS, UP, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED, TOKENS)"
+            "acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED)"
         )
     if "BIAS" in parts:
         product.append("acc = add_bias(acc, BIAS, offs_n, N)")
@@ -237,16 +235,15 @@ def gemv(parts: tuple[str, ...], members: int) -> TritonTemplate:
         ("W", "WS", "SCALE_B"),
         parts,
         members,
-        ['M = {{size("X", 0)}}', 'words_of_a_row = {{size("X", 1)}} // 8', "offs_m = tl.arange(0, TOKENS)"],
-        "tl.cdiv(N, BLOCK_N)",
+        ['M = {{size("X", 0)}}'],
+        "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)",
         product,
         [
-            "from svdq_kernels.dense import add_bias",
-            "from svdq_kernels.gemv import add_low_rank_vector, matrix_vector, scaled_vector",
+            "from svdq_kernels.dense import add_bias, scaled, tile_origin",
+            "from svdq_kernels.gemv import add_low_rank_of_few, few_tokens_product",
         ],
-        rows="TOKENS",
     )
-    return TritonTemplate(name=_name("svdq_group_gemv", parts, members), grid=column_grid, source=source)
+    return TritonTemplate(name=_name("svdq_group_gemv", parts, members), grid=tile_grid, source=source)
 
 
 def _name(stem: str, parts: tuple[str, ...], members: int) -> str:

@@ -12,7 +12,7 @@ from .call import Call
 Tensor = ir.TensorBox
 
 
-def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Operand, tensor scale and partial down-projections; as :func:`svdq_kernels.activation.prepare`."""
     from svdq_kernels import activation as kernels
 
@@ -25,7 +25,7 @@ def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor 
     splits = -(-k // config["SPLIT_K"])
     partials = launch.empty([splits, m, call.rank], torch.float32, call.device) if call.rank else None
     t = _token_scale(call, operand, x, s) if scaled else None
-    untouched = s is None and parts is None and x.get_stride()[0] == k and not word_major
+    untouched = s is None and parts is None and x.get_stride()[0] == k
     as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
     result = x if as_is else launch.empty([m, k], dtype, call.device)
@@ -45,7 +45,6 @@ def prepare(call: Call, operand: str, word_major: bool = False) -> tuple[Tensor 
             "stride_tm": int(scaled and call.dynamic),
             "OPERAND": operand,
             "SCALE_FACTOR": call.factor_a,
-            "WORD_MAJOR": word_major,
             "RANK": kernels.padded_rank(call.rank),
             **config,
         }

@@ -122,15 +122,15 @@ from svdq_kernels.dense import tile_origin
 
 @SymbolicGridFn
 def column_grid(m, n, meta, *, cdiv):
-    """One program per BLOCK_N columns."""
-    return (cdiv(n, meta["BLOCK_N"]), 1, 1)
+    """One program per tile, no order among them."""
+    return (cdiv(n, meta["BLOCK_N"]), cdiv(m, meta["BLOCK_M"]), 1)
 
 
 @functools.cache
 def gemv(parts: tuple[str, ...]) -> TritonTemplate:
     """The same for a few tokens on the packed weight.
 
-    Inputs X [M, K] word-major, W uint8 [N, K/2], WS e4m3 [N, K/16], SCALE_B, then those of :data:`OPTIONAL`.
+    Inputs X [M, K], W uint8 [N, K/2], WS e4m3 [N, K/16], SCALE_B, then those of :data:`OPTIONAL`.
 
     Args:
         parts: the optional inputs present.
@@ -139,21 +139,23 @@ def gemv(parts: tuple[str, ...]) -> TritonTemplate:
     scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
     more = ""
     if "UP" in parts:
-        more += "    acc = add_low_rank_vector(acc, PARTIALS, UP, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED, TOKENS)\n"
+        more += "    acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED)\n"
     if "BIAS" in parts:
         more += "    acc = add_bias(acc, BIAS, offs_n, N)\n"
     source = f"""{{{{def_kernel({names})}}}}
     M = {{{{size("X", 0)}}}}
     N = {{{{size("W", 0)}}}}
-    words_of_a_row = {{{{size("X", 1)}}}} // 8
-    offs_m = tl.arange(0, TOKENS)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    origin_n, origin_m = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
     words = W.to(tl.pointer_type(tl.int32), bitcast=True)
-    acc = matrix_vector(X, words, WS, offs_n, M, N, words_of_a_row, EVEN_W, TOKENS, BLOCK_N, BLOCK_W)
-    acc = scaled_vector(acc, {scale_a}, SCALE_B, M, TOKENS, PER_TOKEN)
-{more}{_store(" " * 4, "TOKENS")}
-from svdq_kernels.dense import add_bias
-from svdq_kernels.gemv import add_low_rank_vector, matrix_vector, scaled_vector
+    acc = few_tokens_product(
+        X, words, WS, origin_m, origin_n, M, N, IN_FEATURES, BLOCK_M, BLOCK_N, UNROLL, WARPS, EVEN_K
+    )
+    offs_m = origin_m + tl.arange(0, BLOCK_M)
+    offs_n = origin_n + tl.arange(0, BLOCK_N)
+    acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, 1.0, FACTOR)
+{more}{_store(" " * 4)}
+from svdq_kernels.dense import add_bias, scaled
+from svdq_kernels.gemv import add_low_rank_of_few, few_tokens_product
 """
     return TritonTemplate(name=_name("svdq_gemv", parts, False), grid=column_grid, source=source)
 

@@ -159,11 +159,11 @@ def _blockscaled(chosen, x, members, input_scale, pre_quant_scale, lora_down) ->
 def _gemv(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[torch.Tensor]:
     """Activation kernel, then reads of the packed weights."""
     from svdq_kernels.activation import prepare
-    from svdq_kernels.gemv import multiply_vector
+    from svdq_kernels.gemv import multiply_few
 
-    operand, t, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, word_major=True)
+    operand, t, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand)
     return [
-        multiply_vector(operand, m.qweight, m.weight_scale, t, m.weight_scale_2, partials, m.lora_up, m.bias)
+        multiply_few(operand, m.qweight, m.weight_scale, t, m.weight_scale_2, partials, m.lora_up, m.bias)
         for m in members
     ]
 

@@ -23,11 +23,11 @@ COMPUTE_MODES = ("auto", "nvfp4", "fp8", "bf16", "modelopt")
 NEEDS_CODES = ("nvfp4", "modelopt")
 """Modes that an FP8_SVD weight, which has given up its 4-bit codes, cannot have."""
 
-FP8_MIN_TOKENS = 5
+FP8_MIN_TOKENS = 17
 """Fewest tokens of one call that ``fp8`` quantises.
 
-A linear of so few tokens is a weight read; a packed weight is then multiplied as it is unpacked, and rounding it to
-e4m3 gains nothing.
+A linear of so few tokens is a weight read; a packed weight is then multiplied in 16 bits as it is unpacked, and
+rounding it to e4m3 gains nothing.
 """
 
 

@@ -15,8 +15,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 MAX_RANK = 256
 """Largest R whose down-projection fits the registers of the activation kernel."""
 
-GEMV_TOKENS = 4
-"""Most tokens the matrix-vector kernel takes (``svdq_kernels.gemv.MAX_TOKENS``)."""
+GEMV_TOKENS = 16
+"""Most tokens for the kernel of a few (``svdq_kernels.gemv.MAX_TOKENS``): with 32 it was slower than cuBLAS BF16."""
 
 FEED_FORWARD_RANK = 64
 """Largest R of a linear whose operand the GEMM before it makes (``svdq_kernels.feed_forward.MAX_RANK``)."""

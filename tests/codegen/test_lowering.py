@@ -121,9 +121,19 @@ def test_few_tokens_read_the_packed_weight(mode):
     assert stems(code) == 2 * ["_prepare_kernel", "triton_tem"]
     for kernel in templates(code):
         (compiled,) = compile_kernel(kernel.source, kernel.name, (9, 0))
-        assert "matrix_vector" in kernel.source
+        assert "few_tokens_product" in kernel.source
         if CUOBJDUMP.exists():
             assert spills(compiled) == 0
+
+
+@pytest.mark.parametrize("mode", ["fp8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_few_tokens_without_smoothing_and_low_rank_are_one_launch(mode, tokens):
+    code = generate(MLP(mode, format=Format.NVFP4), inputs(tokens))
+    assert stems(code) == 2 * ["triton_tem"]
+    first, second = templates(code)
+    assert "exp2" in first.source
+    assert "add" in second.name
 
 
 def test_an_expanded_weight_needs_no_unpacking():

@@ -16,6 +16,7 @@ from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
 from svdq_kernels.feed_forward import multiply_gelu_quantize
+from svdq_kernels.gemv import multiply_few
 from svdq_kernels.projection import sum_partials
 
 from svdq_compile.ops import cuda
@@ -32,6 +33,7 @@ LAUNCHERS = {
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
     "sum_partials": sum_partials,
+    "multiply_few": multiply_few,
     "multiply_gelu_quantize": multiply_gelu_quantize,
     "linear_cuda": cuda.linear_cuda,
 }

@@ -343,18 +343,6 @@ def test_powers_of_two_move_only_the_token_scale(args, operand, exponent):
 
 @gpu
 @needs_gpu
-@given(ARGUMENTS, st.sampled_from(OPERANDS))
-def test_word_major_is_another_order(args, operand):
-    args = move(args, "cuda")
-    rows, words = prepare(*args, operand), prepare(*args, operand, word_major=True)
-    m, k = args[0].shape
-    assert_bits_equal(values(words[0]).view(m, 8, k // 8).transpose(1, 2).reshape(m, k), values(rows[0]))
-    for a, b in zip(words[1:], rows[1:]):
-        assert a is None or assert_bits_equal(a, b) is None
-
-
-@gpu
-@needs_gpu
 @given(ARGUMENTS)
 def test_projections_alone_are_the_same(args):
     args = move(args, "cuda")

@@ -37,7 +37,7 @@ def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
     types |= {"stride_tm": "i32", "operand_ptr": "*fp8e4nv" if operand == "fp8" else f"*{dtype}"}
     types |= {"s_ptr": f"*{dtype}"} if smooth else {}
     types |= {"down_ptr": f"*{dtype}", "partials_ptr": "*fp32"} if rank else {}
-    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "WORD_MAJOR": m < 5, "RANK": activation.padded_rank(rank)}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
     return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
 
 
@@ -155,20 +155,41 @@ def test_nothing_waits_for_the_low_rank_branch_before_the_main_loop(dtype):
     assert "st.shared" not in ahead
 
 
+def few_tokens(capability, tokens, shape, dtype="bf16", rank=32):
+    constants = gemv.configuration(tokens, *shape)
+    warps = constants.pop("num_warps")
+    scale = "*fp8e4nv" if capability >= E4M3_SINCE else "*u8"
+    types = {"x_ptr": f"*{dtype}", "words_ptr": "*i32", "block_scale_ptr": scale, "scale_b_ptr": "*fp32"}
+    types |= {"out_ptr": f"*{dtype}", "scale_a_ptr": "*fp32", "bias_ptr": f"*{dtype}", "M": "i32", "N": "i32"}
+    types |= {"partials_ptr": "*fp32", "up_ptr": f"*{dtype}"} if rank else {}
+    constants |= {"K": shape[1], "PER_TOKEN": tokens > 1, "R": rank, "SPLITS": 24, "SPLITS_PADDED": 32, "FACTOR": 128.0}
+    result = compile_for(capability, gemv._gemv_kernel, types, constants, num_warps=warps, num_stages=1, aligned=("N",))
+    assert result.metadata.shared <= SHARED_MEMORY_BYTES[capability]
+    if CUOBJDUMP.exists():
+        assert spills(result) == 0
+    return result.asm
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
-@pytest.mark.parametrize("rank", [0, 32, 256])
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_gemv(capability, tokens, rank):
-    types = {
-        "x_ptr": "*bf16",
-        "words_ptr": "*i32",
-        "block_scale_ptr": "*u8",
-        "scale_b_ptr": "*fp32",
-        "out_ptr": "*bf16",
-    }
-    types |= {"scale_a_ptr": "*fp32", "bias_ptr": "*bf16", "M": "i32", "N": "i32", "W": "i32"}
-    types |= {"partials_ptr": "*fp32", "up_ptr": "*bf16"} if rank else {}
-    constants = {"PER_TOKEN": tokens == 4, "R": rank, "SPLITS": 24, "SPLITS_PADDED": 32, "TOKENS": tokens}
-    constants |= {"EVEN_W": True, "BLOCK_N": gemv.BLOCK_N, "BLOCK_W": gemv.BLOCK_W}
-    ptx = compiled(capability, gemv._gemv_kernel, types, constants, num_warps=gemv.NUM_WARPS)
-    assert "ld.global.v4.b32" in ptx
+@pytest.mark.parametrize("shape", [(3072, 3072), (18432, 3072), (3072, 12288), (80, 1024)])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_few_tokens(capability, tokens, shape):
+    asm = few_tokens(capability, tokens, shape)
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16" in asm["ptx"]
+    # 16 bytes of codes a thread and load.
+    assert "ld.global.v4.b32" in asm["ptx"]
+
+
+@pytest.mark.parametrize("rank", [0, 5, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_few_tokens_ranks(rank, dtype):
+    assert "mma.sync" in few_tokens((9, 0), 16, (3072, 3072), dtype, rank)["ptx"]
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("n", [3072, 18432])
+def test_codes_are_decoded_in_the_registers_they_are_loaded_to(n, tokens):
+    ir = few_tokens((9, 0), tokens, (n, 3072), rank=0)["ptx"]
+    loop = ir[ir.index("mma.sync") : ir.rindex("mma.sync")]
+    # What crosses threads goes through shared memory or shuffles.
+    assert not any(text in loop for text in ("st.shared", "ld.shared", "shfl.sync", "bar.sync"))

@@ -79,13 +79,11 @@ def test_in_the_interpreter(tmp_path):
         st.integers(0, 2**32),
     ),
     st.sampled_from(("plain", "nvfp4", "fp8")),
-    st.booleans(),
 )
-def test_as_if_it_had_been_so_before(args, operand, word_major):
+def test_as_if_it_had_been_so_before(args, operand):
     x, s, t, down, modulation = args
-    word_major = word_major and operand != "fp8"
-    actual = prepare(x, s, t, down, operand, modulation=modulation, word_major=word_major)
-    assert_same(actual, prepare(modulated(x, modulation), s, t, down, operand, word_major=word_major))
+    actual = prepare(x, s, t, down, operand, modulation=modulation)
+    assert_same(actual, prepare(modulated(x, modulation), s, t, down, operand))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_compiles_without_spills(operand, rank, m):
     types |= dict.fromkeys(("t_ptr", "mean_ptr", "deviation_ptr", "partials_ptr"), "*fp32")
     types |= {"M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64", "stride_tm": "i32"}
     types |= {"operand_ptr": "*fp8e4nv" if operand == "fp8" else "*bf16"}
-    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "WORD_MAJOR": False, "RANK": activation.padded_rank(rank)}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
     compiled = compile_for((9, 0), activation._prepare_kernel, types, constants, warps, aligned=("K", "stride_xm"))
     if CUOBJDUMP.exists():
         assert spills(compiled) == 0

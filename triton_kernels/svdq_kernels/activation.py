@@ -136,7 +136,6 @@ def _prepare_kernel(
     stride_tm,
     OPERAND: tl.constexpr,
     SCALE_FACTOR: tl.constexpr,
-    WORD_MAJOR: tl.constexpr,
     RANK: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -156,7 +155,6 @@ def _prepare_kernel(
         operand_ptr: result [M, K] contiguous; None to not store it.
         partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
         SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
-        WORD_MAJOR: whether element ``8 * w + n`` of a row goes to ``n * (K / 8) + w``, which :mod:`.gemv` reads.
         RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
     """
     split = tl.program_id(0)
@@ -196,8 +194,7 @@ def _prepare_kernel(
             elif OPERAND == "nvfp4":
                 values = nvfp4_values(x_hat.to(tl.float32), t[:, None, None])
             values = values.to(operand_ptr.dtype.element_ty)
-            column = offs_k % 8 * (K // 8) + offs_k // 8 if WORD_MAJOR else offs_k
-            tl.store(operand_ptr + row[:, None] * K + column[None, :], values, mask=mask)
+            tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
     if RANK > 0:
         where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
         tl.store(partials_ptr + where, h, mask=mask_m[:, None] & (offs_r < R)[None, :])
@@ -219,7 +216,8 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     every tile of the GEMM reads all partials. Many, whose partials are summed first: slices enough for
     :data:`PROGRAMS`, so that memory is never idle.
     """
-    if m <= 4:
+    # Up to 16 tokens are one tile; the kernel that reads the packed weight adds all partials at once.
+    if m <= 4 or (m <= 16 and operand in ("plain", "nvfp4")):
         return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
     warps = 4 if rank <= 64 else 8
     if m < MANY_TOKENS:
@@ -248,7 +246,6 @@ def prepare(
     scale_factor: float = 1.0,
     config: dict[str, int] | None = None,
     *,
-    word_major: bool = False,
     modulation: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The GEMM operand of x, its tensor scale, and the partial down-projections.
@@ -263,7 +260,6 @@ def prepare(
         operand: one of :data:`OPERANDS`.
         scale_factor: ``fp8`` divides by ``a = scale_factor * t``. Only with an ``input_scale``.
         config: what :func:`configuration` returns, to override it.
-        word_major: writes each row as [8, K/8]: element ``8 * w + n`` at ``n * (K / 8) + w``.
         modulation: mean and deviation, float32 [M], gain and shift [K], all contiguous: what x is to be normalised and
             modulated with first, as :func:`modulated` says. Not with a scale per token.
 
@@ -287,7 +283,7 @@ def prepare(
     pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
     splits = triton.cdiv(k, split)
     partials = torch.empty(splits, m, rank, dtype=torch.float32, device=x.device) if rank else None
-    untouched = pre_quant_scale is None and modulation is None and x.is_contiguous() and not word_major
+    untouched = pre_quant_scale is None and modulation is None and x.is_contiguous()
     as_is = operand == "none" or (operand == "plain" and untouched)
     narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     dtype = torch.float8_e4m3fn if operand == "fp8" else x.dtype if operand == "plain" else narrow
@@ -318,7 +314,6 @@ def prepare(
                 int(dynamic),
                 OPERAND=operand,
                 SCALE_FACTOR=1.0 if dynamic else scale_factor,
-                WORD_MAJOR=word_major,
                 RANK=padded_rank(rank),
                 num_warps=warps,
                 **chosen,
