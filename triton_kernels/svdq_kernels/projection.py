@@ -17,7 +17,7 @@ def _sum_kernel(partials_ptr, h_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.const
     mask = offs < size
     h = tl.load(partials_ptr + offs, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        h += tl.load(partials_ptr + split * size.to(tl.int64) + offs, mask=mask, other=0.0)
+        h += tl.load(partials_ptr + split * tl.cast(size, tl.int64) + offs, mask=mask, other=0.0)
     tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
