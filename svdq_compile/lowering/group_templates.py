@@ -54,7 +54,6 @@ def _source(
     tiles,
     product,
     imports,
-    rows="BLOCK_M",
     columns="BLOCK_N",
     select=(),
     persistent=False,
@@ -67,7 +66,7 @@ def _source(
         tiles: how many tiles a member has.
         product: lines that compute acc, offs_m and offs_n of one tile; a last one that is indented leaves a loop open.
         imports: lines behind the kernel.
-        rows, columns: sizes of offs_m and offs_n.
+        columns: size of offs_n.
         select: more (name, value with the member's number left out) a member has.
         persistent: whether a program takes several tiles.
     """
@@ -81,7 +80,7 @@ def _source(
         lines += [f"            {name} = {value}{g}" for name, value in (*taken, *select)]
     loop = " " * (len(product[-1]) - len(product[-1].lstrip()))
     where = f'("idx_m", "idx_n"), "acc", "mask", indent_width={12 + len(loop)}'
-    store = f'{{{{store_output({where}, val_shape=("{rows}", "{columns}"))}}}}'
+    store = f'{{{{store_output({where}, val_shape=("BLOCK_M", "{columns}"))}}}}'
     body = [
         *product,
         # 64 bits where the result has 2**31 elements or more.

@@ -32,15 +32,15 @@ def arguments(parts: tuple[str, ...]) -> str:
     return ", ".join(name if name in (*parts, "SCALE_B") else "None" for name in names)
 
 
-def _store(indent: str, rows: str = "BLOCK_M", columns: str = "BLOCK_N") -> str:
+def _store(indent: str, columns: str = "BLOCK_N") -> str:
     """The store of acc at offs_m and offs_n, with Inductor's fused epilogue before it."""
-    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("%s", "%s"))}}'
+    store = '{{store_output(("idx_m", "idx_n"), "acc", "mask", indent_width=%d, val_shape=("BLOCK_M", "%s"))}}'
     lines = [
         # 64 bits where the result has 2**31 elements or more.
         "idx_m = offs_m.to(INDEX_DTYPE)[:, None]",
         "idx_n = offs_n.to(INDEX_DTYPE)[None, :]",
         "mask = (idx_m < M) & (idx_n < N)",
-        store % (len(indent), rows, columns),
+        store % (len(indent), columns),
     ]
     return "".join(f"{indent}{line}\n" for line in lines)
 

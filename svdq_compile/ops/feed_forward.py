@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..errors import SvdqError
-from .linear import library, linear
+from .linear import library, linear, without_gradient
 
 SCHEMA = (
     "feed_forward(Tensor x, Tensor?[] up, Tensor?[] down, str compute_up='auto', str compute_down='auto') -> Tensor"
@@ -47,15 +46,8 @@ def _fake(x, up, down, compute_up="auto", compute_down="auto"):
     return linear(linear(x, *up, compute_up), *down, compute_down)
 
 
-def _refuse_backward(ctx, grad):
-    raise SvdqError(
-        "svdq::feed_forward has no gradient: the 4-bit codes cannot be trained.\n"
-        "  hint:   run inference under torch.no_grad() or torch.inference_mode()"
-    )
-
-
 library.impl("feed_forward", feed_forward_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("svdq::feed_forward", _fake, lib=library)
-torch.library.register_autograd("svdq::feed_forward", _refuse_backward, lib=library)
+without_gradient("feed_forward")
 
 feed_forward = torch.ops.svdq.feed_forward.default

@@ -155,16 +155,21 @@ def _cuda(*args, **kwargs):
         return linear_cuda(*args, **kwargs)
 
 
-def _refuse_backward(ctx, grad):
-    raise SvdqError(
-        "svdq::linear has no gradient: the 4-bit codes cannot be trained.\n"
-        "  hint:   run inference under torch.no_grad() or torch.inference_mode()"
-    )
+def without_gradient(name: str) -> None:
+    """Makes the backward pass of one of our operators an error that says what to do."""
+
+    def refuse(ctx, grad):
+        raise SvdqError(
+            f"svdq::{name} has no gradient: the 4-bit codes cannot be trained.\n"
+            "  hint:   run inference under torch.no_grad() or torch.inference_mode()"
+        )
+
+    torch.library.register_autograd(f"svdq::{name}", refuse, lib=library)
 
 
 library.impl("linear", linear_reference, "CompositeExplicitAutograd")
 library.impl("linear", _cuda, "CUDA")
 torch.library.register_fake("svdq::linear", _fake, lib=library)
-torch.library.register_autograd("svdq::linear", _refuse_backward, lib=library)
+without_gradient("linear")
 
 linear = torch.ops.svdq.linear.default

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import SvdqError
-from .linear import library, linear
+from .linear import library, linear, without_gradient
 
 SCHEMA = (
     "linear_group(Tensor x, Tensor[] qweight, Tensor[] weight_scale, Tensor[] weight_scale_2, Tensor? input_scale, "
@@ -90,16 +89,9 @@ def _cuda(
         return torch.cat(linears_cuda(x, members, input_scale, pre_quant_scale, lora_down, compute), -1)
 
 
-def _refuse_backward(ctx, grad):
-    raise SvdqError(
-        "svdq::linear_group has no gradient: the 4-bit codes cannot be trained.\n"
-        "  hint:   run inference under torch.no_grad() or torch.inference_mode()"
-    )
-
-
 library.impl("linear_group", linear_group_reference, "CompositeExplicitAutograd")
 library.impl("linear_group", _cuda, "CUDA")
 torch.library.register_fake("svdq::linear_group", linear_group_reference, lib=library)
-torch.library.register_autograd("svdq::linear_group", _refuse_backward, lib=library)
+without_gradient("linear_group")
 
 linear_group = torch.ops.svdq.linear_group.default

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..errors import SvdqError
-from .linear import library
+from .linear import library, without_gradient
 
 library.define(
     "modulated_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
@@ -34,14 +33,8 @@ def _fake(x, scale, shift, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _refuse_backward(ctx, grad):
-    raise SvdqError(
-        "svdq::modulated_norm has no gradient.\n  hint:   run inference under torch.no_grad() or inference_mode()"
-    )
-
-
 library.impl("modulated_norm", modulated_norm_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("svdq::modulated_norm", _fake, lib=library)
-torch.library.register_autograd("svdq::modulated_norm", _refuse_backward, lib=library)
+without_gradient("modulated_norm")
 
 modulated_norm = torch.ops.svdq.modulated_norm.default
