@@ -19,6 +19,7 @@ from torch._inductor import ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager, reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import (
     ExternKernelChoice,
@@ -96,6 +97,11 @@ def at_most(size: sympy.Expr | int, limit: int) -> bool:
     return bool(V.graph.sizevars.guard_or_false(sympy.Le(size, limit)))
 
 
+def known_at_most(size: sympy.Expr | int, limit: int) -> bool:
+    """Whether a size is at most a limit whatever the symbols in it are; guards nothing."""
+    return bool(V.graph.sizevars.statically_known_leq(size, limit))
+
+
 def tunes_gemms() -> bool:
     """Whether the user asked for GEMMs to be chosen by measurement (``mode="max-autotune"``)."""
     return inductor_config.max_autotune or inductor_config.max_autotune_gemm
@@ -149,8 +155,10 @@ __all__ = [
     "FUNCTIONAL_LINEAR",
     "CustomGraphPass",
     "ExternKernelChoice",
+    "MemoryDep",
     "SymbolicGridFn",
     "TritonTemplate",
+    "V",
     "at_most",
     "ceildiv",
     "check_torch",
@@ -160,6 +168,7 @@ __all__ = [
     "inductor_config",
     "ir",
     "kernel_side_table",
+    "known_at_most",
     "list_mode_options",
     "lowerings",
     "module_path",

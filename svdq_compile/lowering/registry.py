@@ -17,6 +17,7 @@ from ..ops.linear import linear as linear_operator
 from ..ops.linear_group import linear_group as linear_group_operator
 from ..ops.modulated_norm import modulated_norm as modulated_norm_operator
 from . import feed_forward, group, linear, modulated_norm
+from .reductions import rows_in_registers
 
 LOWERINGS = {
     linear_operator: linear.lower,
@@ -35,7 +36,8 @@ def active() -> Iterator[None]:
     install()
     active, known = _active.set(True), modulated_norm.known.set({})
     try:
-        yield
+        with rows_in_registers():
+            yield
     finally:
         modulated_norm.known.reset(known)
         _active.reset(active)

@@ -17,7 +17,7 @@ SCHEMA = (
     "feed_forward(Tensor x, Tensor?[] up, Tensor?[] down, str compute_up='auto', str compute_down='auto') -> Tensor"
 )
 
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 def feed_forward_reference(

@@ -21,7 +21,7 @@ SCHEMA = (
 )
 
 library = torch.library.Library("svdq", "DEF")
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 def _check(condition: bool, message: str) -> None:

@@ -17,7 +17,7 @@ SCHEMA = (
     "Tensor? pre_quant_scale, Tensor? lora_down, Tensor[] lora_up, Tensor?[] bias, str compute='auto') -> Tensor"
 )
 
-library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 def members_of(qweight: Sequence, weight_scale: Sequence, weight_scale_2: Sequence, lora_up: Sequence, bias: Sequence):

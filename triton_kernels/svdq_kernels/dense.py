@@ -295,11 +295,30 @@ def _dense_kernel(
             tl.store(out_ptr + where, parts[i].to(out_ptr.dtype.element_ty), mask=mask)
 
 
-HOPPER_TILES = ((128, 256, 8, 4), (128, 128, 4, 4), (64, 128, 4, 5), (64, 64, 4, 6))
-"""BLOCK_M, BLOCK_N, num_warps, num_stages that fit 227 KB of shared memory, largest first."""
+HOPPER_TILES = {
+    "many": (128, 256, 128, 8, 4),
+    "wide": (128, 128, 128, 8, 5),
+    "wide and flat": (64, 128, 256, 4, 4),
+    "narrow": (64, 128, 128, 4, 7),
+    "narrow and flat": (64, 64, 256, 4, 6),
+}
+"""BLOCK_M, BLOCK_N, bytes of BLOCK_K, num_warps, num_stages that fit 227 KB of shared memory.
 
-OTHER_TILES = ((128, 128, 8, 3), (64, 64, 4, 3))
+As measured with e4m3 operands: flat ones for few tokens, narrow ones where larger tiles would leave multiprocessors
+idle, and deep ones because the weight comes from memory.
+"""
+
+OTHER_TILES = {"many": (128, 128, 128, 8, 3), "flat": (64, 64, 128, 4, 3)}
 """The same for GPUs with 99 KB, and for those nothing was measured on."""
+
+
+def best_tile(m: int, n: int) -> str:
+    """The one of :data:`HOPPER_TILES` to take without measuring; arguments as :func:`configurations`."""
+    if m > 512:
+        return "many"
+    if n >= 8192:
+        return "wide" if m > 64 else "wide and flat"
+    return "wide" if m > 256 else "narrow" if m > 128 else "narrow and flat"
 
 
 def configurations(m: int, n: int, element_size: int, capability: tuple[int, int]) -> list[dict[str, int]]:
@@ -310,23 +329,20 @@ def configurations(m: int, n: int, element_size: int, capability: tuple[int, int
         element_size: bytes of an operand's element, 1 or 2.
         capability: of the device.
     """
-    if capability[0] == 9:
-        tiles = HOPPER_TILES
-        best = 0 if m > 512 else 1 if m > 128 and n >= 8192 else 3 if m <= 128 and n < 8192 else 2
-    else:
-        tiles = OTHER_TILES
-        best = 0 if m > 128 else 1
+    hopper = capability[0] == 9
+    tiles = HOPPER_TILES if hopper else OTHER_TILES
+    best = best_tile(m, n) if hopper else "many" if m > 128 else "flat"
     return [
         {
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "BLOCK_K": 128 // element_size,
+            "BLOCK_K": row_bytes // element_size,
             # Wide results reuse their weight tile over more rows before they leave L2.
             "GROUP_M": 32 if n >= 8192 else 8,
             "num_warps": warps,
             "num_stages": stages,
         }
-        for block_m, block_n, warps, stages in sorted(tiles, key=lambda tile: tile != tiles[best])
+        for block_m, block_n, row_bytes, warps, stages in sorted(tiles.values(), key=lambda tile: tile != tiles[best])
     ]
 
 

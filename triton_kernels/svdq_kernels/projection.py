@@ -24,9 +24,6 @@ def _sum_kernel(partials_ptr, h_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.const
 BLOCK = 1024
 """Values a program adds up."""
 
-MANY_TOKENS = 1024
-"""From here on a GEMM has so many tiles that summing once, in a kernel of its own, is faster."""
-
 
 def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """h, the sum over S, as the tensor cores take it.
