@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import dense
-from .activation import padded_rank, smooth
+from .activation import check_scales, padded_rank, smooth
 from .dense import column_parts, dense_tile, tile_origin
 
 LINEAR = tl.constexpr(-2.302208198144325)
@@ -263,10 +263,7 @@ def check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype) -> None:
         raise ValueError(f"operands are {x_q.dtype}, activations {dtype}, needs e4m3 and a 16-bit float")
     if n % 16:
         raise ValueError(f"the second linear has {n} columns, needs a multiple of 16")
-    if input_scale.dtype != torch.float32 or input_scale.numel() != 1:
-        raise ValueError(f"input_scale is {input_scale.dtype}, {input_scale.numel()} values, needs one float32")
-    if pre_quant_scale is not None and tuple(pre_quant_scale.shape) != (n,):
-        raise ValueError(f"pre_quant_scale is {tuple(pre_quant_scale.shape)}, needs ({n},)")
+    check_scales(n, pre_quant_scale, input_scale)
     if lora_down is not None:
         if lora_down.shape[1:] != (n,) or lora_down.dtype != dtype:
             raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {dtype} (R, {n})")
