@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -88,7 +87,8 @@ class GraphRunner(_EventRunner):
 
     Raises:
         TypeError: this torch has no external events, the only ones a graph can record for timing.
-        RuntimeError: the callable does something that cannot be captured. Call :func:`forget_capture` then.
+        RuntimeError: the callable does something that cannot be captured. Call
+            :func:`svdq_compile.cuda_graphs.cuda.forget_capture` then.
     """
 
     method = "graph"
@@ -102,15 +102,3 @@ class GraphRunner(_EventRunner):
     def start(self) -> None:
         with torch.cuda.stream(self._stream):
             self._graph.replay()
-
-
-def forget_capture(device: torch.device, pool) -> None:
-    """Makes the allocator forget a capture that failed; without this torch 2.11's ``empty_cache`` asserts from then on.
-
-    A failed capture also leaves the default CUDA generator unusable, so benchmarks draw from generators of their own.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    # Raises where the capture was ended in order, or never began: then nothing is left to forget.
-    with contextlib.suppress(RuntimeError, AttributeError):
-        torch._C._cuda_endAllocateToPool(index, pool)
-        torch._C._cuda_releasePool(index, pool)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .runners import ClockRunner, GraphRunner, Runner, StreamRunner, forget_capture
+from ..cuda_graphs.cuda import forget_capture
+from .runners import ClockRunner, GraphRunner, Runner, StreamRunner
 from .stats import percentile
 
 RUNS = 10
@@ -122,6 +123,7 @@ class Timer:
         except Exception as error:
             # Of a failed capture the interesting error is the one that ended it.
             why = describe(error.__context__ or error)
+        # The default generator stays unusable; benchmarks draw from generators of their own.
         forget_capture(self.device, pool)
         self._synchronize()
         return StreamRunner(function, self.runs, self.flush, self.stream, note=f"not captured: {why}")

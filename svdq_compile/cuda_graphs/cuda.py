@@ -169,11 +169,25 @@ class CudaGraphs:
 
     def _forget(self, random: torch.Generator) -> None:
         """Undoes what a failed ``capture_end`` leaves: the allocator serves the pool, the generator awaits an end."""
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
-            torch._C._cuda_releasePool(self.device.index, self._pool)
+        forget_capture(self.device, self._pool)
         self._generator.graphsafe_set_state(random)
         self._leave_empty_pool()
+
+
+def forget_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """Makes the allocator forget a capture that failed; without this torch 2.11's ``empty_cache`` asserts from then on.
+
+    The device's default generator, which such a capture also leaves unusable, stays so until its state is set.
+
+    Args:
+        device: the GPU.
+        pool: the one of the capture.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # Raises where the capture was ended in order, or never began: then nothing is left to forget.
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
 
 @contextlib.contextmanager

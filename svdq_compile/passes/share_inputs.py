@@ -18,24 +18,14 @@ from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 from ..ops.share import scope
 from ..ops.weight import SVDQWeight
+from ..spec import COMPONENTS
 from .base import Report, graph_pass, insert, value_of
 from .purity import identity, is_pure, mutates
 
 MAX_MEMBERS = 4
 """Most linears of one group; what reads the same tensor beyond that makes further groups."""
 
-OPERANDS = (
-    "x",
-    "qweight",
-    "weight_scale",
-    "weight_scale_2",
-    "input_scale",
-    "pre_quant_scale",
-    "lora_down",
-    "lora_up",
-    "bias",
-    "compute",
-)
+OPERANDS = ("x", *COMPONENTS, "bias", "compute")
 """Arguments of ``svdq::linear``."""
 
 

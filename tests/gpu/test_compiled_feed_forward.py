@@ -6,20 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from svdq_compile.ops import reference
-from svdq_compile.ops.linear import linear_reference
-from svdq_compile.spec import COMPONENTS, Format
+from svdq_compile.spec import Format
 from svdq_compile.testing.oracle import assert_within_budget
 from svdq_compile.testing.weights import random_linear
+from svdq_compile.testing.wide import wide_linear
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 class MLP(nn.Module):
@@ -33,16 +29,8 @@ class MLP(nn.Module):
         return residual + gate * self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def formula(self, x, gate, residual, wide):
-        hidden = F.gelu(_linear(self.up, x, wide), approximate="tanh").to(x.dtype)
-        return residual.to(wide) + gate.to(wide) * _linear(self.down, hidden, wide)
-
-
-def _linear(layer, x, wide):
-    """With sums in a wide dtype of the operands that x's dtype is quantised to."""
-    w = layer.weight
-    parts = [None if name == "pre_quant_scale" else getattr(w, name) for name in COMPONENTS]
-    x_hat = reference.smooth(x, w.pre_quant_scale).to(wide)
-    return linear_reference(x_hat, *parts, layer.bias, w.operator_compute)
+        hidden = F.gelu(wide_linear(self.up, x, wide), approximate="tanh").to(x.dtype)
+        return residual.to(wide) + gate.to(wide) * wide_linear(self.down, hidden, wide)
 
 
 @pytest.mark.parametrize("tokens", [5, 129, 1500])

@@ -6,23 +6,19 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from svdq_compile.model.share import mark_shared
-from svdq_compile.ops import reference
-from svdq_compile.ops.linear import linear_reference
 from svdq_compile.ops.linear_group import linear_group
-from svdq_compile.spec import COMPONENTS, Format
+from svdq_compile.spec import Format
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.weights import random_linear, share_activation
+from svdq_compile.testing.wide import wide_linear
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 MODES = ("nvfp4", "fp8", "bf16")
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Projections(nn.Module):
@@ -40,14 +36,7 @@ class Projections(nn.Module):
         return [layer(x) for layer in self.children()]
 
     def formula(self, x, wide):
-        """Sums in a wide dtype of the operands that x's dtype is quantised to."""
-        results = []
-        for layer in self.children():
-            w = layer.weight
-            parts = [None if n == "pre_quant_scale" else getattr(w, n) for n in COMPONENTS]
-            x_hat = reference.smooth(x, w.pre_quant_scale).to(wide)
-            results.append(linear_reference(x_hat, *parts, layer.bias, w.operator_compute))
-        return results
+        return [wide_linear(layer, x, wide) for layer in self.children()]
 
 
 def x_of(tokens):
@@ -56,6 +45,11 @@ def x_of(tokens):
 
 def compiled(module, **options):
     return torch.compile(module, backend="svdq", fullgraph=True, **options)
+
+
+def assert_right(results, module, x):
+    for y, oracle, low in zip(results, module.formula(x, torch.float64), module(x), strict=True):
+        assert_within_budget(y, oracle, low_precision=low)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 700])
@@ -68,8 +62,7 @@ def test_within_the_budget(mode, tokens, options):
     module, x = Projections(mode, **options).cuda(), x_of(tokens)
     actual, codes = run_and_get_code(compiled(module), x)
     assert sum(code.count("def triton_tem_") for code in codes) == 1
-    for y, oracle, low in zip(actual, module.formula(x, torch.float64), module(x), strict=True):
-        assert_within_budget(y, oracle, low_precision=low)
+    assert_right(actual, module, x)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,8 +79,7 @@ def test_bits_are_those_of_the_ungrouped_code(mode, tokens):
 @pytest.mark.parametrize("format", [Format.NVFP4, Format.FP8, Format.FP8_SVD], ids=str)
 def test_other_formats(format):
     module, x = Projections("fp8", format=format).cuda(), x_of(300)
-    for y, oracle, low in zip(compiled(module)(x), module.formula(x, torch.float64), module(x), strict=True):
-        assert_within_budget(y, oracle, low_precision=low)
+    assert_right(compiled(module)(x), module, x)
 
 
 def test_any_number_of_tokens():
@@ -95,8 +87,7 @@ def test_any_number_of_tokens():
     run = compiled(module, dynamic=True)
     for tokens in (300, 129, 17, 1000, 2, 1):
         x = x_of(tokens)
-        for y, oracle, low in zip(run(x), module.formula(x, torch.float64), module(x), strict=True):
-            assert_within_budget(y, oracle, low_precision=low)
+        assert_right(run(x), module, x)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,5 +109,4 @@ def test_max_autotune_and_cuda_graphs():
         run = compiled(module, mode=mode)
         for _ in range(3):
             results = [y.clone() for y in run(x)]
-        for y, oracle, low in zip(results, module.formula(x, torch.float64), module(x), strict=True):
-            assert_within_budget(y, oracle, low_precision=low)
+        assert_right(results, module, x)

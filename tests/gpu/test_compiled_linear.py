@@ -6,23 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from svdq_compile.ops import reference
-from svdq_compile.ops.linear import linear_reference
-from svdq_compile.spec import COMPONENTS, Format
+from svdq_compile.spec import Format
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.weights import random_linear
+from svdq_compile.testing.wide import wide_linear
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 MODES = ("nvfp4", "fp8", "bf16")
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Gated(nn.Module):
@@ -37,11 +32,7 @@ class Gated(nn.Module):
         return residual + gate * F.gelu(self.layer(x), approximate="tanh")
 
     def formula(self, x, gate, residual, wide):
-        """The same with sums in a wide dtype of the operands that x's dtype is quantised to."""
-        w = self.layer.weight
-        x_hat = reference.smooth(x, w.pre_quant_scale).to(wide)
-        parts = [None if n == "pre_quant_scale" else getattr(w, n) for n in COMPONENTS]
-        y = linear_reference(x_hat, *parts, self.layer.bias, w.operator_compute)
+        y = wide_linear(self.layer, x, wide)
         return residual.to(wide) + gate.to(wide) * F.gelu(y, approximate="tanh")
 
 
@@ -114,7 +105,7 @@ def test_max_autotune_of_features_cublas_does_not_take():
     x = inputs(1000)[0]
     compiled = torch.compile(layer, backend="svdq", mode="max-autotune-no-cudagraphs")
     with torch.no_grad():
-        wide, low = (linear_reference(*_arguments(layer, x, dtype)) for dtype in (torch.float64, torch.bfloat16))
+        wide, low = (wide_linear(layer, x, dtype) for dtype in (torch.float64, torch.bfloat16))
         assert_within_budget(compiled(x), wide, low_precision=low)
 
 
@@ -127,18 +118,8 @@ def test_results_of_two_billion_elements(mode):
     with torch.no_grad():
         y = torch.compile(layers, backend="svdq", fullgraph=True)(x)
         for rows in (slice(0, 200), slice(-200, None)):
-            wide, low = (
-                layers[1](linear_reference(*_arguments(layers[0], x[rows], dtype)))
-                for dtype in (torch.float64, torch.bfloat16)
-            )
+            wide, low = (layers[1](wide_linear(layers[0], x[rows], dtype)) for dtype in (torch.float64, torch.bfloat16))
             assert_within_budget(y[rows], wide, low_precision=low)
-
-
-def _arguments(layer, x, wide):
-    """Those of the operator, with x smoothed beforehand and then widened."""
-    w = layer.weight
-    parts = [None if n == "pre_quant_scale" else getattr(w, n) for n in COMPONENTS]
-    return reference.smooth(x, w.pre_quant_scale).to(wide), *parts, layer.bias, w.operator_compute
 
 
 def test_a_slice_of_x():

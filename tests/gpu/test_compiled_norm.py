@@ -6,20 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from svdq_compile.ops import reference
-from svdq_compile.ops.linear import linear_reference
-from svdq_compile.spec import COMPONENTS
 from svdq_compile.testing.oracle import assert_within_budget
 from svdq_compile.testing.weights import random_linear
+from svdq_compile.testing.wide import wide_linear
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 class Normed(nn.Module):
@@ -37,11 +32,7 @@ class Normed(nn.Module):
     def formula(self, x, scale, shift, wide):
         x, scale, shift = (v.to(wide) for v in (x, scale, shift))
         y = F.layer_norm(x, (272,), None, None, 1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-        for layer in (self.first, self.second):
-            w = layer.weight
-            parts = [None if name == "pre_quant_scale" else getattr(w, name) for name in COMPONENTS]
-            x_hat = reference.smooth(y.to(w.dtype), w.pre_quant_scale).to(wide)
-            yield linear_reference(x_hat, *parts, layer.bias, w.operator_compute)
+        return [wide_linear(layer, y.to(layer.weight.dtype), wide) for layer in (self.first, self.second)]
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 5), (1, 1500), (2, 700)])

@@ -11,6 +11,7 @@ from svdq_compile.ops.modes import FP8_MIN_TOKENS
 from svdq_compile.spec import COMPONENTS, Format
 from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.weights import random_linear
+from svdq_compile.testing.wide import wide_linear
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -36,14 +37,6 @@ def parts(layer, device):
     return [None if part is None else part.to(device) for part in (*components, layer.bias)]
 
 
-def oracle(layer, x, mode):
-    """Float64 sums of the mode's operands; smoothing rounds to x's dtype, so it comes first."""
-    x_hat = reference.smooth(x, layer.weight.pre_quant_scale)
-    operands = parts(layer, "cpu")
-    operands[COMPONENTS.index("pre_quant_scale")] = None
-    return linear_reference(x_hat.double(), *operands, mode)
-
-
 def low_precision(layer, x, mode):
     """Float32 sums of the residual, the low-rank branch in x's dtype."""
     x_hat = reference.smooth(x, layer.weight.pre_quant_scale)
@@ -64,7 +57,8 @@ def check(case):
     actual = run(layer, x, mode)
     assert actual.dtype == x.dtype
     assert actual.is_contiguous()
-    assert_within_budget(actual, oracle(layer, x, mode), low_precision=low_precision(layer, x, mode))
+    oracle = wide_linear(layer, x, torch.float64)
+    assert_within_budget(actual, oracle, low_precision=low_precision(layer, x, mode))
 
 
 ANY_MODE = st.sampled_from(MODES)

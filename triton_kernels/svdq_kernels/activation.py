@@ -356,9 +356,14 @@ def check(x, pre_quant_scale, input_scale, lora_down, operand) -> None:
         raise ValueError(f"x is {x.dtype}, needs bfloat16 or float16, or float32 without lora_down")
     if k % GROUP:
         raise ValueError(f"x has {k} columns, needs a multiple of {GROUP}")
+    check_scales(k, pre_quant_scale, input_scale)
+    if lora_down is not None and (lora_down.shape[1:] != (k,) or lora_down.dtype != x.dtype):
+        raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {x.dtype} (R, {k})")
+
+
+def check_scales(k, pre_quant_scale, input_scale) -> None:
+    """Raises ValueError unless s has K values and t is one float32; None fits."""
     if pre_quant_scale is not None and tuple(pre_quant_scale.shape) != (k,):
         raise ValueError(f"pre_quant_scale is {tuple(pre_quant_scale.shape)}, needs ({k},)")
     if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.numel() != 1):
         raise ValueError(f"input_scale is {input_scale.dtype}, {input_scale.numel()} values, needs one float32")
-    if lora_down is not None and (lora_down.shape[1:] != (k,) or lora_down.dtype != x.dtype):
-        raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {x.dtype} (R, {k})")

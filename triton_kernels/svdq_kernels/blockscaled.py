@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dense import tile_origin
 from .fp4 import GROUP, decode_e4m3, unpack_e2m1
 
 
@@ -253,15 +254,7 @@ def _multiply_kernel(
     NATIVE: tl.constexpr,
 ):
     """One tile of the output; arguments as :func:`blockscaled_product` and :func:`finish_product` take them."""
-    # Programs that run at the same time share GROUP_M rows of tiles, whose operands then stay in the L2 cache.
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    band = pid // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = pid - band * (GROUP_M * tiles_n)
-    first_m = (band * GROUP_M + within % height) * BLOCK_M
-    first_n = (within // height) * BLOCK_N
+    first_m, first_n = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = blockscaled_product(
         x_ptr,
         xs_ptr,

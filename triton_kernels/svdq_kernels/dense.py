@@ -394,16 +394,13 @@ def multiply(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    m, k = x_q.shape
-    n = w_q.shape[0]
+    m, n = x_q.shape[0], w_q.shape[0]
     check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias)
     capability = torch.cuda.get_device_capability(x_q.device)
     chosen = dict(config or configurations(m, n, x_q.element_size(), capability)[0])
-    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
     if not out.numel():
         return out
-    rank = 0 if partials is None else partials.shape[2]
     tma = uses_tma(capability)
     x, w = x_q, w_q
     if tma:
@@ -416,29 +413,43 @@ def multiply(
         _dense_kernel[(min(tiles, multiprocessors(x_q.device)),)](
             x,
             w,
-            scale_a,
-            scale_b,
-            partials,
-            lora_up.contiguous() if rank else None,
-            bias,
-            out,
-            m,
-            n,
-            k,
-            x_q.stride(0),
-            w_q.stride(0),
-            PER_TOKEN=scale_a is not None and scale_a.numel() != 1,
-            FACTOR_A=factor_a,
-            FACTOR_B=factor_b,
-            R=rank,
-            SPLITS=partials.shape[0] if rank else 1,
-            CHUNK=rank_chunk(rank),
+            out_ptr=out,
+            **tile_arguments(x_q, w_q, scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b),
             TMA=tma,
             PARTS=column_parts_of(chosen["BLOCK_N"]),
             **chosen,
-            **options,
         )
     return out
+
+
+def finish_arguments(scale_a, scale_b, partials, lora_up, bias) -> dict[str, object]:
+    """What a kernel finishes its sums with, by its parameters' names; arguments as :func:`multiply` takes them."""
+    rank = 0 if partials is None else partials.shape[2]
+    return {
+        "scale_a_ptr": scale_a,
+        "scale_b_ptr": scale_b,
+        "partials_ptr": partials,
+        "up_ptr": lora_up.contiguous() if rank else None,
+        "bias_ptr": bias,
+        "PER_TOKEN": scale_a is not None and scale_a.numel() != 1,
+        "R": rank,
+        "SPLITS": partials.shape[0] if rank else 1,
+    }
+
+
+def tile_arguments(x_q, w_q, scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b) -> dict[str, object]:
+    """What :func:`dense_tile` takes of a launch, by the kernel's parameters' names, without operands and tiles."""
+    finish = finish_arguments(scale_a, scale_b, partials, lora_up, bias)
+    return finish | {
+        "M": x_q.shape[0],
+        "N": w_q.shape[0],
+        "K": x_q.shape[1],
+        "stride_xm": x_q.stride(0),
+        "stride_wn": w_q.stride(0),
+        "FACTOR_A": factor_a,
+        "FACTOR_B": factor_b,
+        "CHUNK": rank_chunk(finish["R"]),
+    }
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import dense
-from .activation import padded_rank, smooth
+from .activation import check_scales, padded_rank, smooth
 from .dense import column_parts, dense_tile, tile_origin
 
 LINEAR = tl.constexpr(-2.302208198144325)
@@ -159,41 +159,25 @@ def _gelu_quantize_kernel(
         )
         offs_m = origin_m + tl.arange(0, BLOCK_M)
         # Half of the sums at a time: both halves at once do not fit the registers.
-        left, right = column_parts(acc, BLOCK_M, BLOCK_N, 2)
-        offs_left = origin_n + tl.arange(0, HALF)
+        halves = column_parts(acc, BLOCK_M, BLOCK_N, 2)
         h = tl.zeros((BLOCK_M, NEXT_RANK if NEXT_RANK else 16), dtype=tl.float32)
-        h = quantize_tile(
-            left,
-            s_ptr,
-            t_ptr,
-            down_ptr,
-            operand_ptr,
-            h,
-            offs_m,
-            offs_left,
-            M,
-            N,
-            NEXT_R,
-            NEXT_RANK,
-            SCALE_FACTOR,
-            BFLOAT16,
-        )
-        h = quantize_tile(
-            right,
-            s_ptr,
-            t_ptr,
-            down_ptr,
-            operand_ptr,
-            h,
-            offs_m,
-            offs_left + HALF,
-            M,
-            N,
-            NEXT_R,
-            NEXT_RANK,
-            SCALE_FACTOR,
-            BFLOAT16,
-        )
+        for i in tl.static_range(2):
+            h = quantize_tile(
+                halves[i],
+                s_ptr,
+                t_ptr,
+                down_ptr,
+                operand_ptr,
+                h,
+                offs_m,
+                origin_n + tl.arange(0, HALF) + i * HALF,
+                M,
+                N,
+                NEXT_R,
+                NEXT_RANK,
+                SCALE_FACTOR,
+                BFLOAT16,
+            )
         if NEXT_RANK > 0:
             offs_r = tl.arange(0, NEXT_RANK)
             where = ((origin_n // BLOCK_N).to(tl.int64) * M + offs_m)[:, None] * NEXT_R + offs_r[None, :]
@@ -242,13 +226,11 @@ def multiply_gelu_quantize(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    m, k = x_q.shape
-    n = w_q.shape[0]
+    m, n = x_q.shape[0], w_q.shape[0]
     dense.check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias)
     check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype)
     capability = torch.cuda.get_device_capability(x_q.device)
     config = configuration(m, n, capability)
-    rank = 0 if partials is None else partials.shape[2]
     next_rank = 0 if lora_down is None else lora_down.shape[0]
     columns, rows = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
     operand = torch.empty(m, n, dtype=torch.float8_e4m3fn, device=x_q.device)
@@ -259,27 +241,12 @@ def multiply_gelu_quantize(
             _gelu_quantize_kernel[(min(columns * rows, dense.multiprocessors(x_q.device)),)](
                 x_q,
                 w_q,
-                scale_a,
-                scale_b,
-                partials,
-                lora_up.contiguous() if rank else None,
-                bias,
-                pre_quant_scale,
-                input_scale,
-                lora_down.contiguous() if next_rank else None,
-                operand,
-                slices,
-                m,
-                n,
-                k,
-                x_q.stride(0),
-                w_q.stride(0),
-                PER_TOKEN=scale_a is not None and scale_a.numel() != 1,
-                FACTOR_A=factor_a,
-                FACTOR_B=factor_b,
-                R=rank,
-                SPLITS=partials.shape[0] if rank else 1,
-                CHUNK=dense.rank_chunk(rank),
+                **dense.tile_arguments(x_q, w_q, scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b),
+                s_ptr=pre_quant_scale,
+                t_ptr=input_scale,
+                down_ptr=lora_down.contiguous() if next_rank else None,
+                operand_ptr=operand,
+                next_partials_ptr=slices,
                 NEXT_R=next_rank,
                 NEXT_RANK=padded_rank(next_rank),
                 SCALE_FACTOR=scale_factor,
@@ -296,10 +263,7 @@ def check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype) -> None:
         raise ValueError(f"operands are {x_q.dtype}, activations {dtype}, needs e4m3 and a 16-bit float")
     if n % 16:
         raise ValueError(f"the second linear has {n} columns, needs a multiple of 16")
-    if input_scale.dtype != torch.float32 or input_scale.numel() != 1:
-        raise ValueError(f"input_scale is {input_scale.dtype}, {input_scale.numel()} values, needs one float32")
-    if pre_quant_scale is not None and tuple(pre_quant_scale.shape) != (n,):
-        raise ValueError(f"pre_quant_scale is {tuple(pre_quant_scale.shape)}, needs ({n},)")
+    check_scales(n, pre_quant_scale, input_scale)
     if lora_down is not None:
         if lora_down.shape[1:] != (n,) or lora_down.dtype != dtype:
             raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {dtype} (R, {n})")

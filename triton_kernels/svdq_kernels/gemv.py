@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dense import add_bias, check_low_rank, scaled
+from .dense import add_bias, check_low_rank, finish_arguments, scaled
 from .fp4 import GROUP, decode_e4m3
 
 MAX_TOKENS = 16
@@ -307,7 +307,7 @@ def multiply_few(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    rank = 0 if partials is None else partials.shape[2]
+    finish = finish_arguments(scale_a, scale_b, partials, lora_up, bias)
     chosen = dict(config or configuration(m, n, k))
     # Bits rather than e4m3 values below sm_89, where Triton has none.
     old = torch.cuda.get_device_capability(x.device) < (8, 9)
@@ -317,19 +317,12 @@ def multiply_few(
             x,
             qweight.contiguous().view(torch.int32),
             scale.view(torch.uint8) if old else scale,
-            scale_a,
-            scale_b,
-            partials,
-            lora_up.contiguous() if rank else None,
-            bias,
-            out,
-            m,
-            n,
+            out_ptr=out,
+            M=m,
+            N=n,
             K=k,
-            PER_TOKEN=scale_a is not None and scale_a.numel() != 1,
-            R=rank,
-            SPLITS=partials.shape[0] if rank else 1,
-            SPLITS_PADDED=triton.next_power_of_2(partials.shape[0]) if rank else 1,
+            **finish,
+            SPLITS_PADDED=triton.next_power_of_2(finish["SPLITS"]),
             FACTOR=FACTOR,
             num_stages=1,
             **chosen,

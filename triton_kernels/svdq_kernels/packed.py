@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import check_scales
 from .fp4 import GROUP, encode_e2m1, encode_e4m3, magnitude_bits, round_e4m3
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -121,10 +122,7 @@ def quantize_nvfp4_packed(
         raise ValueError(f"x is {x.dtype}, needs bfloat16, float16 or float32")
     if k % GROUP:
         raise ValueError(f"x has {k} columns, needs a multiple of {GROUP}")
-    if pre_quant_scale is not None and tuple(pre_quant_scale.shape) != (k,):
-        raise ValueError(f"pre_quant_scale is {tuple(pre_quant_scale.shape)}, needs ({k},)")
-    if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.numel() != 1):
-        raise ValueError(f"input_scale is {input_scale.dtype}, {input_scale.numel()} values, needs one float32")
+    check_scales(k, pre_quant_scale, input_scale)
     if x.stride(1) != 1:
         x = x.contiguous()
     if pre_quant_scale is not None:
