@@ -136,7 +136,9 @@ def drop_low_rank(model: nn.Module) -> None:
 def _torchao_fp8(model: nn.Module) -> None:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    quantize_(model.transformer_blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    # By default it changes Inductor's settings for the whole process, which every later contender would inherit.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(model.transformer_blocks, config)
 
 
 def compile_model(model: nn.Module, contender: Contender, plan: ForwardPlan) -> nn.Module:

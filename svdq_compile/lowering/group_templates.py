@@ -17,7 +17,7 @@ OWN = ("UP", "BIAS")
 """Inputs that may be absent: one for all members, and one per member."""
 
 PERSISTENT = (
-    "for tile in range(start, tiles, tl.num_programs(0)):",
+    "for tile in tl.range(start, tiles, tl.num_programs(0), num_stages=1):",
     "start += tl.cdiv(max(tiles - start, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles",
 )
 ONE_TILE = ("tile = start\n        if (start >= 0) & (start < tiles):", "start -= tiles")

@@ -1,7 +1,7 @@
 """Reductions over rows: what Inductor holds in registers instead of reading it twice.
 
-A norm reads a row for its statistics and again for what follows. Inductor keeps rows of up to 1024 elements in registers
-in between, and of up to 64 where neighbours of an element are read as well, as rotary embeddings do. Rows of a
+A norm reads a row for its statistics and again for what follows. In between, Inductor keeps rows of up to 1024 elements
+in registers, and of up to 64 where neighbours of an element are read as well, as rotary embeddings do. Rows of a
 transformer's width fit too.
 """
 

@@ -68,7 +68,7 @@ def dense(parts: tuple[str, ...], tma: bool) -> TritonTemplate:
     stride_wn = {{{{stride("W", 0)}}}}
     {operands}
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), tiles, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=1):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         y = dense_tile(
             x, w, {arguments(parts)}, origin_m, origin_n, M, N, K, stride_xm, stride_wn,

@@ -37,8 +37,8 @@ LAUNCHES_OF_A_BLOCK = {
 
 Without real_rope: 4 complex products, and norms apart from each other and from the concatenation behind them. Without
 share_inputs: more activation kernels and GEMMs; in the mixed recipe, where modulations are not smoothed, theirs too.
-fuse_feed_forward: the second linears' activation kernels, for their first GEMMs make the operands. modulate saves no launch
-but a tensor: its norms leave nothing but their statistics."""
+fuse_feed_forward: the second linears' activation kernels, for their first GEMMs make the operands. modulate saves no
+launch but a tensor: its norms leave nothing but their statistics."""
 
 
 class MLP(nn.Module):
