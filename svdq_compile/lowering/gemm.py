@@ -15,40 +15,46 @@ def dense(call: Call) -> ir.TensorBox:
 
 def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None):
     """y [M, N] by the template, of an activation that is an operand already."""
-    from svdq_kernels import dense as kernels
+    from svdq_kernels.dense import uses_tma
 
     w, scale_b, factor_b = operands.weight(call, x.get_dtype())
     present = _optional(call, scale_a, partials)
-    tma = kernels.uses_tma(call.capability)
+    cublas = call.plan.operand == "fp8" and not call.dynamic and call.out_features % 16 == 0
+    return _compat.template_call(
+        templates.dense(tuple(present), uses_tma(call.capability)),
+        "svdq_linear",
+        [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
+        call.layout,
+        dense_constants(call, x, scale_a, partials, factor_b, call.out_features),
+        scaled_mm.CHOICE if cublas and _compat.tunes_gemms() else None,
+        {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
+    )
+
+
+def dense_constants(
+    call: Call,
+    x: ir.TensorBox,
+    scale_a: ir.TensorBox | None,
+    partials: ir.TensorBox | None,
+    factor_b: float,
+    out_features: int,
+) -> list[dict[str, object]]:
+    """Constants of a template on dense operands, of each configuration to be measured or of the one to take;
+    out_features of all members together.
+    """
+    from svdq_kernels import dense as kernels
+
     fixed = {
         **constants(call, scale_a, partials),
         "FACTOR_A": call.factor_a,
         "FACTOR_B": factor_b,
         "CHUNK": kernels.rank_chunk(call.rank),
-        "TMA": tma,
+        "TMA": kernels.uses_tma(call.capability),
     }
-    configs = kernels.configurations(call.hint, call.out_features, x.get_dtype().itemsize, call.capability)
-    extern = None
+    configs = kernels.configurations(call.hint, out_features, x.get_dtype().itemsize, call.capability)
     if not _compat.tunes_gemms():
         configs = configs[:1]
-    elif call.plan.operand == "fp8" and not call.dynamic and call.out_features % 16 == 0:
-        extern = scaled_mm.CHOICE
-    return _compat.template_call(
-        templates.dense(tuple(present), tma),
-        "svdq_linear",
-        [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
-        call.layout,
-        [dense_config(fixed, config) for config in configs],
-        extern,
-        {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
-    )
-
-
-def dense_config(fixed: dict[str, object], config: dict[str, int]) -> dict[str, object]:
-    """Constants of a template on dense operands with one of ``svdq_kernels.dense.configurations``."""
-    from svdq_kernels.dense import column_parts_of
-
-    return {**fixed, **config, "PARTS": column_parts_of(config["BLOCK_N"])}
+    return [{**fixed, **config, "PARTS": kernels.column_parts_of(config["BLOCK_N"])} for config in configs]
 
 
 def blockscaled(call: Call) -> ir.TensorBox:

@@ -45,25 +45,14 @@ def lower(
 
 
 def _dense(calls: list[Call]) -> ir.TensorBox:
-    from svdq_kernels import dense as kernels
+    from svdq_kernels.dense import uses_tma
 
     first, n = calls[0], sum(call.out_features for call in calls)
     x, scale_a, partials = operands.prepare(first, first.plan.operand)
     weights = [operands.weight(call, x.get_dtype()) for call in calls]
-    tma = kernels.uses_tma(first.capability)
-    constants = {
-        **gemm.constants(first, scale_a, partials),
-        "FACTOR_A": first.factor_a,
-        "FACTOR_B": weights[0][2],
-        "CHUNK": kernels.rank_chunk(first.rank),
-        "TMA": tma,
-    }
-    configs = kernels.configurations(first.hint, n, x.get_dtype().itemsize, first.capability)
-    if not _compat.tunes_gemms():
-        configs = configs[:1]
     inputs, parts = _inputs(calls, (x,), [weight[:2] for weight in weights], scale_a, partials)
-    template = group_templates.dense(parts, len(calls), tma)
-    return _call(calls, template, inputs, [gemm.dense_config(constants, config) for config in configs])
+    template = group_templates.dense(parts, len(calls), uses_tma(first.capability))
+    return _call(calls, template, inputs, gemm.dense_constants(first, x, scale_a, partials, weights[0][2], n))
 
 
 def _blockscaled(calls: list[Call]) -> ir.TensorBox:

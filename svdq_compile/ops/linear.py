@@ -90,34 +90,14 @@ def linear_reference(
     """
     validate(x, qweight, weight_scale, weight_scale_2, pre_quant_scale, lora_down, lora_up, bias, compute)
     mode = resolved(x, qweight, compute)
+    operands = x, qweight, weight_scale, weight_scale_2, input_scale, pre_quant_scale, lora_down, lora_up, bias
     # Autocast would round the sums' operands to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         if mode != "modelopt":
             mode = modes.arithmetic(mode, math.prod(x.shape[:-1]), qweight.dtype == torch.uint8)
-            y = reference.linear_wide(
-                x,
-                qweight,
-                weight_scale,
-                weight_scale_2,
-                input_scale,
-                pre_quant_scale,
-                lora_down,
-                lora_up,
-                bias,
-                mode,
-            )
+            y = reference.linear_wide(*operands, mode)
         elif qweight.dtype == torch.uint8:
-            y = modelopt.nvfp4_linear_modelopt(
-                x,
-                qweight,
-                weight_scale,
-                weight_scale_2,
-                input_scale,
-                pre_quant_scale,
-                lora_down,
-                lora_up,
-                bias,
-            )
+            y = modelopt.nvfp4_linear_modelopt(*operands)
         else:
             y = modelopt.fp8_linear_modelopt(x, qweight, weight_scale, input_scale, bias)
     return y.to(x.dtype)
