@@ -19,8 +19,8 @@ from torch._inductor import ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cudagraph_trees import CUDAGraphTreeManager, reset_cudagraph_trees
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.dependencies import MemoryDep
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.select_algorithm import (
     ExternKernelChoice,
     SymbolicGridFn,
@@ -155,7 +155,7 @@ __all__ = [
     "FUNCTIONAL_LINEAR",
     "CustomGraphPass",
     "ExternKernelChoice",
-    "MemoryDep",
+    "ReductionHint",
     "SymbolicGridFn",
     "TritonTemplate",
     "V",

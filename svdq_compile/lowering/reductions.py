@@ -1,8 +1,7 @@
 """Reductions over rows: what Inductor holds in registers instead of reading it twice.
 
 A norm reads a row for its statistics and again for what follows. In between, Inductor keeps rows of up to 1024 elements
-in registers, and of up to 64 where neighbours of an element are read as well, as rotary embeddings do. Rows of a
-transformer's width fit too.
+in registers; rows of a transformer's width fit too.
 """
 
 from __future__ import annotations
@@ -35,14 +34,9 @@ class RowsInRegisters:
             return True
         if cooperative_reduction or not _compat.inductor_config.triton.persistent_reductions:
             return False
-        short = _compat.known_at_most(features.reduction_numel, LONGEST_ROW)
-        return short and all(map(_along_rows, features.reduction_nodes()))
-
-
-def _along_rows(node) -> bool:
-    """Whether everything a reduction reads lies along its last dimension, or does not change with it."""
-    reads = [read for read in node.read_writes.reads if isinstance(read, _compat.MemoryDep) and read.var_names]
-    return all(read.index.coeff(read.var_names[-1]) in (0, 1) for read in reads)
+        hints = {features.reduction_hint(node) for node in features.reduction_nodes()}
+        along_rows = hints == {_compat.ReductionHint.INNER}
+        return along_rows and _compat.known_at_most(features.reduction_numel, LONGEST_ROW)
 
 
 @contextlib.contextmanager

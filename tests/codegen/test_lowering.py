@@ -254,8 +254,6 @@ def test_a_transformer_block(block):
     assert sum(name.startswith("_gelu_quantize_kernel") for name in names) == 2
     assert not any("extern_kernels" in name or "aten.mul" in name for name in names)
     assert "torch.ops.svdq.linear.default" not in names
-    # Rows stay in registers: norms of tokens and heads read theirs once.
-    assert not any(name.startswith("triton_red") for name in names)
 
 
 @pytest.mark.parametrize("skipped", ["", *OPTIONAL_PASSES])

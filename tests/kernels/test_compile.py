@@ -136,11 +136,11 @@ def test_dense(capability, element_size, config):
 
 
 @pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("splits", [1, 2])
-def test_dense_ranks(rank, per_token, splits):
-    config = dense.configurations(4096, 3072, 1, (9, 0))[0]
-    ptx = gemm((9, 0), "fp8e4nv", config, rank, per_token, bias=not per_token, splits=splits)
+@pytest.mark.parametrize(("per_token", "splits"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("dtype", "config"), [p.values[1:] for size in (1, 2) for p in tiles((9, 0), size)])
+def test_dense_ranks(dtype, config, rank, per_token, splits):
+    dtype = "fp8e4nv" if dtype == 1 else "bf16"
+    ptx = gemm((9, 0), dtype, config, rank, per_token, bias=not per_token, splits=splits)
     assert "wgmma" in ptx
 
 

@@ -180,8 +180,9 @@ def test_refuses(change, message):
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("rank", [0, 16, 32, 64])
-def test_compiles_without_spills(capability, rank):
-    constants = kernels.configuration(4096, 12288, capability)
+@pytest.mark.parametrize("size", [(64, 12288), (4096, 12288), (128, 48), (256, 48), (512, 48)])
+def test_compiles_without_spills(capability, rank, size):
+    constants = kernels.configuration(*size, capability)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     types = {"x": "*fp8e4nv", "w": "*fp8e4nv", "operand_ptr": "*fp8e4nv", "bias_ptr": "*bf16", "s_ptr": "*bf16"}
     types |= {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "t_ptr": "*fp32"}
