@@ -21,6 +21,7 @@ from .refusal import Refused
 
 WARM_UPS = 2
 """Runs before the one that is watched: the first compiles, the second makes what is made lazily."""
+OWN_GRAPHS = "torch.compile already runs it by CUDA graphs (mode='reduce-overhead'); compile without"
 SYNC_MESSAGE = "called a synchronizing CUDA operation"
 """Of the warning that ``torch.cuda.set_sync_debug_mode("warn")`` gives."""
 
@@ -108,15 +109,22 @@ class CudaGraphs:
         torch.cuda.synchronize(self.device)
 
     def _warm_up(self, function: Callable[[], Any]) -> None:
-        for _ in range(WARM_UPS):
-            function()
-        drawn = self._generator.get_offset()
-        with synchronisations() as found, cudagraph_tree_runs() as runs:
-            function()
+        with cudagraph_tree_runs() as runs:
+            try:
+                for _ in range(WARM_UPS):
+                    function()
+                drawn = self._generator.get_offset()
+                with synchronisations() as found:
+                    function()
+            except RuntimeError as error:
+                # Inductor's graphs raise where one run follows another without a step between them.
+                if runs and not isinstance(error, torch.OutOfMemoryError):
+                    raise Refused(OWN_GRAPHS) from error
+                raise
         if self._generator.get_offset() != drawn:
             raise Refused("it draws random numbers")
         if runs:
-            raise Refused("torch.compile already runs it by CUDA graphs (mode='reduce-overhead'); compile without")
+            raise Refused(OWN_GRAPHS)
         if found:
             raise Refused(f"it waits for the GPU or copies from pageable memory at {', '.join(dict.fromkeys(found))}")
 

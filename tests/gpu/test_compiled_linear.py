@@ -75,14 +75,14 @@ def test_any_number_of_tokens_with_three_graphs(mode):
         for tokens in (300, 129, 17, 1000, 2, 1):
             arguments = inputs(tokens, batch=1)
             assert_right(module, compiled(*arguments), arguments)
-    # Up to 4 tokens are another graph, and one token is: sizes of 1 are never symbolic.
+    # Up to 16 tokens are another graph, and one token is: sizes of 1 are never symbolic.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_a_marked_dimension():
     module = Gated("fp8").cuda()
     compiled = torch.compile(module, backend="svdq", fullgraph=True)
-    for tokens in (300, 8, 1024):
+    for tokens in (300, 40, 1024):
         arguments = inputs(tokens, batch=1)
         for argument in (arguments[0], arguments[2]):
             torch._dynamo.mark_dynamic(argument, 1)
@@ -173,9 +173,12 @@ def test_a_real_block():
         _with_compute(model, "fp8").compile_repeated_blocks(backend="svdq", fullgraph=True)
         compiled, codes = run_and_get_code(lambda: model(**arguments)[0])
     (code,) = codes
-    assert code.count(".run(") >= 14
-    assert sum(line.strip().startswith("triton_tem_") for line in code.splitlines() if ".run(" in line) == 14
-    print("launches of the block:", sum(".run(" in line for line in code.splitlines()))
+    launched = [line.strip() for line in code.splitlines() if ".run(" in line]
+    print("launches of the block:", len(launched))
+    # q, k and v of text and of image are one GEMM each, and so the 14 linears are 10 kernels.
+    assert sum(line.startswith("triton_tem_") for line in launched) == 8
+    assert sum(line.startswith("_gelu_quantize_kernel") for line in launched) == 2
+    assert "extern_kernels." not in code
     # Both round differently; neither may be farther from the unquantised activations than twice the other.
     error = (eager - exact).float().norm()
     assert (compiled - exact).float().norm() <= 2 * error

@@ -441,7 +441,8 @@ def test_beyond_32_bit_offsets(operand):
     whole = prepare(x, s, None, down, operand, config=config)
     last = prepare(x[-3:].clone(), s, None, down, operand, config=config)
     assert_bits_equal(whole[0].view(torch.uint8)[-3:], last[0].view(torch.uint8))
-    assert_bits_equal(whole[2][:, -3:], sum_partials(last[2], x.dtype))
+    parts = last[2] if whole[2].dtype == torch.float32 else sum_partials(last[2], x.dtype)
+    assert_bits_equal(whole[2][:, -3:], parts)
     if operand != "plain":
         assert_bits_equal(whole[1][-3:], last[1])
 
