@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 
 from .forward_models import Contender, build, compile_model, forward_of, make_inputs
 from .forward_plan import PIXELS_PER_TOKEN, ForwardPlan
+
+log = logging.getLogger(__name__)
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 """Environment variables that say where compiled code is kept."""
@@ -39,7 +42,9 @@ def measure(plan: ForwardPlan, contender: Contender, device: str) -> dict[str, f
     """
     with tempfile.TemporaryDirectory() as folder:
         cold = _process(plan, contender, device, folder)
+        log.info("%s: first forward of a process with empty caches: %s", contender.label, cold)
         warm = _process(plan, contender, device, folder, FIRST)
+        log.info("%s: with full caches: %s", contender.label, warm)
     return {"cold_s": cold.pop("first_s"), "warm_s": warm["first_s"], **cold}
 
 
