@@ -17,9 +17,11 @@ MMA = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma", (1
 class Projections(nn.Module):
     """to_q, to_k and to_v of unequal widths, each with a sum behind it."""
 
-    def __init__(self, mode, share=True, **options):
+    def __init__(self, mode, share=True, in_features=256, **options):
         super().__init__()
-        self.to_q, self.to_k, self.to_v = (random_linear(n, 256, compute=mode, **options) for n in (512, 384, 80))
+        self.to_q, self.to_k, self.to_v = (
+            random_linear(n, in_features, compute=mode, **options) for n in (512, 384, 80)
+        )
         if share:
             share_activation(self.to_q, self.to_k, self.to_v)
         mark_shared({name: module.weight for name, module in self.named_children()})
@@ -30,7 +32,8 @@ class Projections(nn.Module):
 
 def generate(module, tokens=600, capability=(9, 0), dtype=torch.bfloat16, **options):
     with fake_gpu(capability):
-        return compile_on_fake_gpu(module, (torch.randn(1, tokens, 256, dtype=dtype),), **options)
+        x = torch.randn(1, tokens, module.to_q.in_features, dtype=dtype)
+        return compile_on_fake_gpu(module, (x,), **options)
 
 
 def stems(code):
@@ -68,6 +71,13 @@ def test_one_activation_kernel_and_one_gemm(capability, mode, expected, dynamic)
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability]
     if CUOBJDUMP.exists():
         assert spills(compiled) == 0
+
+
+@pytest.mark.parametrize(("mode", "in_features"), [("fp8", 128), ("bf16", 64)])
+def test_one_step_over_in_features_makes_no_pipeline_of_tiles(mode, in_features):
+    kernel = template(generate(Projections(mode, in_features=in_features), tokens=4096))
+    (compiled,) = compile_kernel(kernel.source, kernel.name, (9, 0))
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[9, 0] // 2
 
 
 @pytest.mark.parametrize("mode", ["fp8", "nvfp4", "bf16"])

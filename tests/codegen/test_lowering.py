@@ -11,7 +11,7 @@ from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import SMALL
 from svdq_compile.testing.fake_gpu import compile_on_fake_gpu, fake_gpu
 from svdq_compile.testing.generated import compile_kernel, kernels, launches
-from svdq_compile.testing.ptx import CUOBJDUMP, spills
+from svdq_compile.testing.ptx import CUOBJDUMP, SHARED_MEMORY_BYTES, spills
 from svdq_compile.testing.random_model import random_transformer
 from svdq_compile.testing.weights import random_linear
 
@@ -166,7 +166,18 @@ def test_results_of_two_billion_elements_are_addressed_by_64_bits(capability, mo
     (kernel,) = templates(generate(layers, (x,), capability, dynamic=dynamic))
     assert "INDEX_DTYPE : tl.constexpr = tl.int64" in kernel.source
     assert "idx_m = offs_m.to(INDEX_DTYPE)" in kernel.source
-    assert compile_kernel(kernel.source, kernel.name, capability)
+    (compiled,) = compile_kernel(kernel.source, kernel.name, capability)
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[capability]
+
+
+@pytest.mark.parametrize(("mode", "in_features"), [("fp8", 128), ("bf16", 64), ("bf16", 16)])
+@pytest.mark.parametrize("tokens", [64, 300, 4096])
+def test_one_step_over_in_features_makes_no_pipeline_of_tiles(mode, in_features, tokens):
+    """Where the main loop has one step it is none, and Triton would pipeline the loop around it."""
+    layers = nn.Sequential(random_linear(3072, in_features, compute=mode), nn.GELU())
+    (kernel,) = templates(generate(layers, (torch.randn(tokens, in_features).bfloat16(),)))
+    (compiled,) = compile_kernel(kernel.source, kernel.name, (9, 0))
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[9, 0] // 2
 
 
 def test_a_slice_of_tokens_is_not_copied():

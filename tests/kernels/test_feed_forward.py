@@ -178,10 +178,8 @@ def test_refuses(change, message):
         kernels.multiply_gelu_quantize(**args | change)
 
 
-@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("rank", [0, 16, 32, 64])
-@pytest.mark.parametrize("size", [(64, 12288), (4096, 12288), (128, 48), (256, 48), (512, 48)])
-def test_compiles_without_spills(capability, rank, size):
+def compiled_for(capability, rank, size, in_features=None):
+    """The kernel for results of a size; in_features are an argument, or a constant as Inductor makes them."""
     constants = kernels.configuration(*size, capability)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     types = {"x": "*fp8e4nv", "w": "*fp8e4nv", "operand_ptr": "*fp8e4nv", "bias_ptr": "*bf16", "s_ptr": "*bf16"}
@@ -192,8 +190,26 @@ def test_compiles_without_spills(capability, rank, size):
     constants |= {"PER_TOKEN": False, "FACTOR_A": 6.0, "FACTOR_B": 8.0, "R": rank, "SPLITS": 2, "SCALE_FACTOR": 6.0}
     constants |= {"CHUNK": dense.rank_chunk(rank), "NEXT_R": rank, "NEXT_RANK": activation.padded_rank(rank)}
     constants |= {"BFLOAT16": True, "TMA": dense.uses_tma(capability)}
-    aligned = ("N", "K", "stride_xm", "stride_wn")
-    compiled = compile_for(capability, kernels._gelu_quantize_kernel, types, constants, **options, aligned=aligned)
+    aligned = ["N", "K", "stride_xm", "stride_wn"]
+    if in_features is not None:
+        del types["K"]
+        aligned.remove("K")
+        constants["K"] = in_features
+    return compile_for(capability, kernels._gelu_quantize_kernel, types, constants, **options, aligned=aligned)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 512, 4096])
+def test_one_step_over_in_features_makes_no_pipeline_of_tiles(tokens):
+    """Where the main loop has one step it is none, and Triton would pipeline the loop around it."""
+    compiled = compiled_for((9, 0), 32, (tokens, 12288), in_features=128)
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[9, 0] // 2
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("rank", [0, 16, 32, 64])
+@pytest.mark.parametrize("size", [(64, 12288), (4096, 12288), (128, 48), (256, 48), (512, 48)])
+def test_compiles_without_spills(capability, rank, size):
+    compiled = compiled_for(capability, rank, size)
     ptx = compiled.asm["ptx"]
     assert {9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}[capability[0]] in ptx
     assert "cvt.rn.satfinite.e4m3x2" in ptx
