@@ -85,10 +85,6 @@ def assert_right(actual, args):
     assert_within_budget(actual, formula(args, torch.float64), low_precision=low)
 
 
-def check(args, **options):
-    assert_right(multiply(**args, **options), args)
-
-
 SIZES = (
     st.sampled_from(TOKENS),
     st.sampled_from(FEATURES),
@@ -152,8 +148,10 @@ def test_exact_sums(args):
 
 @gpu
 @given(ARGUMENTS)
-def test_within_the_budget(args):
-    check(args)
+def test_within_the_budget_and_the_same_every_time(args):
+    y = multiply(**args)
+    assert_right(y, args)
+    assert_bits_equal(multiply(**args), y)
 
 
 @gpu
@@ -163,13 +161,8 @@ def test_every_tile(dtype, args, data):
     if args["x_q"].dtype != dtype:
         args["x_q"], args["w_q"] = args["x_q"].to(dtype), args["w_q"].to(dtype)
     capability = torch.cuda.get_device_capability()
-    check(args, config=data.draw(st.sampled_from(dense.configurations(1, 1, dtype.itemsize, capability))))
-
-
-@gpu
-@given(ARGUMENTS)
-def test_runs_are_equal(args):
-    assert_bits_equal(multiply(**args), multiply(**args))
+    config = data.draw(st.sampled_from(dense.configurations(1, 1, dtype.itemsize, capability)))
+    assert_right(multiply(**args, config=config), args)
 
 
 @gpu
@@ -197,22 +190,16 @@ def test_features_are_independent(args, seed):
 
 @gpu
 @given(ARGUMENTS)
-def test_parts_of_h_are_added_in_order(args):
+def test_parts_of_h_are_added_in_order_and_rounded(args):
+    """h may come as the tensor cores take it; of many tokens it is summed and rounded ahead of the GEMM."""
     if args["partials"] is None:
         return
+    y = multiply(**args)
     h = args["partials"][0].clone()
     for part in args["partials"][1:]:
         h += part
-    assert_bits_equal(multiply(**{**args, "partials": h[None]}), multiply(**args))
-
-
-@gpu
-@given(ARGUMENTS)
-def test_h_may_come_rounded(args):
-    """As the tensor cores take it; of many tokens it is summed and rounded ahead of the GEMM."""
-    if args["partials"] is None:
-        return
-    assert_bits_equal(multiply(**{**args, "partials": rounded(args)}), multiply(**args))
+    assert_bits_equal(multiply(**{**args, "partials": h[None]}), y)
+    assert_bits_equal(multiply(**{**args, "partials": rounded(args)}), y)
 
 
 @gpu

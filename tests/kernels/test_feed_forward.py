@@ -117,19 +117,14 @@ def test_in_the_interpreter(major, tmp_path):
 
 @gpu
 @given(ARGUMENTS)
-def test_within_the_budget(args):
+def test_within_the_budget_and_the_same_every_time(args):
     operand, partials = kernels.multiply_gelu_quantize(**args)
     assert_operand_right(operand, args)
     assert_partials_right(partials, args)
-
-
-@gpu
-@given(ARGUMENTS)
-def test_the_same_bits_every_time(args):
-    once, again = kernels.multiply_gelu_quantize(**args), kernels.multiply_gelu_quantize(**args)
-    assert_bits_equal(once[0], again[0])
-    if once[1] is not None:
-        assert_bits_equal(once[1], again[1])
+    again = kernels.multiply_gelu_quantize(**args)
+    assert_bits_equal(again[0], operand)
+    if partials is not None:
+        assert_bits_equal(again[1], partials)
 
 
 @gpu
