@@ -1,6 +1,9 @@
 """Settings every test shares."""
 
+import gc
 import os
+import pathlib
+import tempfile
 
 import hypothesis
 import pytest
@@ -30,3 +33,22 @@ def fresh_dynamo():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def gpu_memory():
+    """``gpu_memory(gib)`` skips on a GPU with less; of all processes, one test that takes this fixture runs at a time.
+
+    Whether a test runs does not depend on what other processes have taken.
+    """
+    import fcntl
+
+    def need(gib: int) -> None:
+        if torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory < gib << 30:
+            pytest.skip(f"needs {gib} GiB of GPU memory")
+
+    with pathlib.Path(tempfile.gettempdir(), f"svdq-compile-gpu-memory-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield need
+        gc.collect()
+        torch.cuda.empty_cache()

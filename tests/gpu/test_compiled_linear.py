@@ -111,9 +111,8 @@ def test_max_autotune_of_features_cublas_does_not_take():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_results_of_two_billion_elements(mode):
-    if torch.cuda.mem_get_info()[0] < 40 << 30:
-        pytest.skip("needs 40 GiB of GPU memory")
+def test_results_of_two_billion_elements(mode, gpu_memory):
+    gpu_memory(40)
     layers = nn.Sequential(random_linear(12288, 64, compute=mode), nn.GELU()).cuda()
     x = torch.randn(180_000, 64, device="cuda").bfloat16()
     with torch.no_grad():

@@ -431,10 +431,9 @@ def test_outputs_are_fully_written(operand, monkeypatch):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_beyond_32_bit_offsets(operand):
+def test_beyond_32_bit_offsets(operand, gpu_memory):
     m, k = 2**31 // 3072 + 2, 3072
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    gpu_memory(24)
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda").normal_()
     s = torch.full((k,), 0.7, dtype=torch.bfloat16, device="cuda")
     down = torch.randn(16, k, device="cuda").bfloat16()

@@ -446,10 +446,9 @@ def test_partials_are_added_in_ascending_order(runner, tmp_path):
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(2**31 // 1536 + 2, 16, 3072), (16, 2**31 // 1536 + 2, 3072), (70000, 2**31 // 70000 + 130, 16)]
 )
-def test_beyond_32_bit_offsets(m, n, k):
+def test_beyond_32_bit_offsets(m, n, k, gpu_memory):
     """Codes of x, codes of the weight, the result."""
-    if torch.cuda.mem_get_info()[0] < 20 << 30:
-        pytest.skip("needs 20 GiB of GPU memory")
+    gpu_memory(20)
 
     def rows(count):
         codes = torch.randint(256, (count, k // 2), dtype=torch.uint8, device="cuda")

@@ -266,9 +266,8 @@ def test_no_tokens_and_no_features():
 
 @gpu
 @pytest.mark.parametrize(("m", "n", "k"), [(2**16, 2**15 + 16, 16), (2**15 + 1, 16, 2**16)])
-def test_beyond_32_bit_offsets(m, n, k):
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GiB of free memory")
+def test_beyond_32_bit_offsets(m, n, k, gpu_memory):
+    gpu_memory(16)
     x = torch.zeros(m, k, dtype=torch.bfloat16, device="cuda")
     x[-1] = 1
     w = torch.ones(n, k, dtype=torch.bfloat16, device="cuda")

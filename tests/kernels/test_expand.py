@@ -122,10 +122,9 @@ def test_rows_are_independent(args, dtype, first, last):
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_beyond_32_bit_offsets(dtype):
+def test_beyond_32_bit_offsets(dtype, gpu_memory):
     n, k = 2**31 // 3072 + 2, 3072
-    if torch.cuda.mem_get_info()[0] < 12 << 30:
-        pytest.skip("needs 12 GiB of GPU memory")
+    gpu_memory(12)
     row = torch.randint(256, (1, k // 2), dtype=torch.uint8, device="cuda")
     scale = torch.ones(n, k // 16, device="cuda").to(torch.float8_e4m3fn)
     out = expand_nvfp4(row.expand(n, -1).contiguous(), scale, dtype)

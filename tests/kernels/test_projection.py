@@ -49,10 +49,9 @@ def test_every_size(parts, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_beyond_32_bit_offsets():
+def test_beyond_32_bit_offsets(gpu_memory):
     rank, m = 256, 2**31 // 512 // BLOCK * BLOCK + 3
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    gpu_memory(24)
     parts = torch.ones(2, m, rank, device="cuda")
     parts[1, -1] = 3
     h = sum_partials(parts, torch.bfloat16)
