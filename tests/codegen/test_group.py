@@ -17,7 +17,7 @@ MMA = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma", (1
 class Projections(nn.Module):
     """to_q, to_k and to_v of unequal widths, each with a sum behind it."""
 
-    def __init__(self, mode, share=True, in_features=256, **options):
+    def __init__(self, mode, share=True, in_features=128, **options):
         super().__init__()
         self.to_q, self.to_k, self.to_v = (
             random_linear(n, in_features, compute=mode, **options) for n in (512, 384, 80)

@@ -46,15 +46,15 @@ class MLP(nn.Module):
 
     def __init__(self, mode, **options):
         super().__init__()
-        self.up = random_linear(512, 256, compute=mode, **options)
-        self.down = random_linear(256, 512, compute=mode, **options)
+        self.up = random_linear(512, 128, compute=mode, **options)
+        self.down = random_linear(128, 512, compute=mode, **options)
 
     def forward(self, x, gate):
         return x + gate * self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 def inputs(tokens=600, dtype=torch.bfloat16):
-    return torch.randn(1, tokens, 256, dtype=dtype), torch.randn(1, 1, 256, dtype=dtype)
+    return torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 1, 128, dtype=dtype)
 
 
 def stems(code):
@@ -184,7 +184,7 @@ def test_a_slice_of_tokens_is_not_copied():
     class Sliced(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = random_linear(256, 256, compute="fp8")
+            self.layer = random_linear(128, 128, compute="fp8")
 
         def forward(self, x):
             return self.layer(x[:, 8:])

@@ -215,28 +215,26 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
     Up to some hundred tokens: many small programs, one step each, because latency is all there is. Many tokens: slices
     of K enough for :data:`PROGRAMS`, so that memory is never idle.
     """
-    # Up to 16 tokens are one tile; the kernel that reads the packed weight adds all partials at once.
-    if m <= 4 or (m <= FEW_TOKENS and operand in ("plain", "nvfp4")):
-        return {"SPLIT_K": 128 if k <= 4096 else 256, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": 4}
     warps = 4 if rank <= 64 else 8
     if m < MANY_TOKENS:
-        if operand == "nvfp4":
-            stages = 3 if rank <= 128 else 2
-            return {
-                "SPLIT_K": 256 if k <= 4096 else 512,
-                "BLOCK_M": 16 if m <= 64 else 32,
-                "BLOCK_K": 128,
-                "STAGES": stages,
-                "num_warps": warps,
-            }
-        step = 256 if rank <= 64 else 128
-        return {"SPLIT_K": 256, "BLOCK_M": 16, "BLOCK_K": step, "STAGES": 1, "num_warps": warps}
+        if m <= 4 or operand in ("plain", "fp8") or (operand == "nvfp4" and m <= FEW_TOKENS):
+            split = 128 if k <= 4096 else 256
+            return {"SPLIT_K": split, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": warps}
+        # A GEMM that adds the parts of h itself, as it does without an operand, wants few of them.
+        split = 256 if operand == "nvfp4" else 768
+        return {
+            "SPLIT_K": split if k <= 4096 else 2 * split,
+            "BLOCK_M": 16 if m <= 64 else 32,
+            "BLOCK_K": 128,
+            "STAGES": 3 if rank <= 128 else 2,
+            "num_warps": warps,
+        }
     splits = max(1, min(-(-PROGRAMS // -(-m // 64)), k // 512, 8))
     return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
 
 FEW_TOKENS = 16
-"""Up to here a GEMM may add all partials itself."""
+"""Up to here the kernel that reads the packed weight adds all partials itself; it takes no e4m3 operand."""
 
 MANY_TOKENS = 1024
 """From here on the kernel is bound by memory."""
@@ -333,7 +331,7 @@ def prepare(
 
 def sums_partials(m: int, operand: str, splits: int, rank: int) -> bool:
     """Whether :func:`prepare` hands out the sum of the partial down-projections rather than all of them."""
-    return rank > 0 and splits > 1 and m > FEW_TOKENS and operand != "none"
+    return rank > 0 and splits > 1 and (operand == "fp8" or (m > FEW_TOKENS and operand != "none"))
 
 
 def check_modulation(x, input_scale, operand, mean, deviation, gain, shift) -> None:
