@@ -267,6 +267,13 @@ def test_a_transformer_block(block):
     assert "torch.ops.svdq.linear.default" not in names
 
 
+def test_a_block_normalises_in_its_activation_kernels(block):
+    """Two norms of text and two of image, read by groups and feed-forward layers."""
+    _, *module = block
+    activations = [kernel for kernel in kernels(generate(*module)) if kernel.name.startswith("_prepare_kernel")]
+    assert sum(kernel.launches for kernel in activations if "'mean_ptr': '*fp32'" in kernel.source) == 4
+
+
 @pytest.mark.parametrize("skipped", ["", *OPTIONAL_PASSES])
 def test_what_each_pass_saves(block, skipped):
     recipe, *module = block

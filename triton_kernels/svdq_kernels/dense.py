@@ -304,8 +304,9 @@ HOPPER_TILES = {
 }
 """BLOCK_M, BLOCK_N, bytes of BLOCK_K, num_warps, num_stages that fit 227 KB of shared memory.
 
-As measured with e4m3 operands: flat ones for few tokens, narrow ones where larger tiles would leave multiprocessors
-idle, and deep ones because the weight comes from memory.
+As measured with e4m3 operands ("narrow" with a stage more, which an epilogue may have no room for): flat ones for few
+tokens, narrow ones where larger tiles would leave multiprocessors idle, and deep ones because the weight comes from
+memory.
 """
 
 OTHER_TILES = {"many": (128, 128, 128, 8, 3), "flat": (64, 64, 128, 4, 3)}
