@@ -138,7 +138,7 @@ def _cuda(*args, **kwargs):
 def without_gradient(name: str) -> None:
     """Makes the backward pass of one of our operators an error that says what to do."""
 
-    def refuse(ctx, grad):
+    def refuse(ctx, *grads):
         raise SvdqError(
             f"svdq::{name} has no gradient: the 4-bit codes cannot be trained.\n"
             "  hint:   run inference under torch.no_grad() or torch.inference_mode()"
