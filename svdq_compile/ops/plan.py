@@ -5,6 +5,7 @@ and ``explain``, so that all four agree.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -20,6 +21,9 @@ GEMV_TOKENS = 16
 
 FEED_FORWARD_RANK = 64
 """Largest R of a linear whose operand the GEMM before it makes (``svdq_kernels.feed_forward.MAX_RANK``)."""
+
+HEAD_DIMS = (64, 128)
+"""Sizes of an attention head that one tile of a GEMM holds whole heads of (``svdq_kernels.heads.HEAD_DIMS``)."""
 
 Capability = tuple[int, int]
 
@@ -136,6 +140,24 @@ def separate(up: Plan, down: Plan, facts: Facts, dynamic: bool) -> str | None:
         return "the second linear's scale depends on whole tokens"
     if facts.rank > FEED_FORWARD_RANK:
         return f"rank {facts.rank} is above {FEED_FORWARD_RANK}"
+    return None
+
+
+def apart(plans: Sequence[Plan], head_dim: int, capability: Capability) -> str | None:
+    """Why attention's operands are made apart from the linears they come from, or None where one kernel a stream
+    finishes its products as normalised and rotated heads.
+
+    Args:
+        plans: of the linears of all streams.
+        head_dim: elements of a head.
+        capability: of the GPU.
+    """
+    if any((chosen.kernel, chosen.operand) != ("dense", "fp8") for chosen in plans):
+        return "a linear is no e4m3 GEMM"
+    if capability >= (10, 0):
+        return "on this GPU the fused kernel was never measured"
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} elements, of which a tile holds no whole number"
     return None
 
 
