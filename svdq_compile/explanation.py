@@ -68,7 +68,7 @@ class Explanation:
     Args:
         rows: one per linear.
         groups: linears that read the same tensor by the model's design; those that share are one
-            ``svdq::linear_group`` in compiled code.
+            ``svdq::linear_group``, or part of one ``svdq::joint_heads``, in compiled code.
     """
 
     rows: tuple[Row, ...]

@@ -11,13 +11,10 @@ import torch
 from .. import _compat
 from .._compat import ir
 from ..ops.cuda import FP8_SCALE_FACTOR, capability
-from ..ops.modes import FP8_MIN_TOKENS, resolve
+from ..ops.modes import resolve
 from ..ops.native import has_native_fp4
-from ..ops.plan import GEMV_TOKENS, Facts, plan
+from ..ops.plan import GEMV_TOKENS, MANY, Facts, plan
 from ..spec import Format
-
-MANY = max(GEMV_TOKENS + 1, FP8_MIN_TOKENS)
-"""Least tokens that no special rule is for."""
 
 
 @dataclasses.dataclass(frozen=True)

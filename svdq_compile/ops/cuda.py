@@ -26,8 +26,8 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def plan_call(x, qweight, input_scale, lora_down, compute: str) -> Plan:
-    """The plan of one call; arguments as ``svdq::linear``'s."""
+def plan_call(x, qweight, input_scale, lora_down, compute: str, tokens: int | None = None) -> Plan:
+    """The plan of one call; arguments as ``svdq::linear``'s, and as :attr:`Facts.tokens` where x's own are symbolic."""
     return plan(
         Facts(
             mode=resolved(x, qweight, compute),
@@ -36,7 +36,7 @@ def plan_call(x, qweight, input_scale, lora_down, compute: str) -> Plan:
             weight=qweight.dtype,
             activation=x.dtype,
             in_features=x.shape[-1],
-            tokens=x.numel() // max(1, x.shape[-1]),
+            tokens=x.numel() // max(1, x.shape[-1]) if tokens is None else tokens,
             rank=0 if lora_down is None else lora_down.shape[0],
             low_rank=None if lora_down is None else lora_down.dtype,
             scale_is_one_value=input_scale is None or (input_scale.numel() == 1 and input_scale.device == x.device),

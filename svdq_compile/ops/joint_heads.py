@@ -9,7 +9,7 @@ product nor anything between is ever written.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -60,6 +60,15 @@ def group_arguments(stream: Sequence) -> list:
             values = [value for value in values if value is not None]
         arguments.append(values if count > 1 else values[0])
     return arguments
+
+
+def stream_of(arguments: Mapping[str, object]) -> list:
+    """The list that holds the arguments of a ``svdq::linear_group``, by name; undoes :func:`group_arguments`."""
+    stream = []
+    for name, count in PARTS.items():
+        given = arguments[name]
+        stream += [given] if count == 1 else given or [None] * count
+    return stream
 
 
 def validate(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .modes import arithmetic
+from .modes import FP8_MIN_TOKENS, arithmetic
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -18,6 +18,9 @@ MAX_RANK = 256
 
 GEMV_TOKENS = 16
 """Most tokens for the kernel of a few (``svdq_kernels.gemv.MAX_TOKENS``): with 32 it was slower than cuBLAS BF16."""
+
+MANY = max(GEMV_TOKENS + 1, FP8_MIN_TOKENS)
+"""Least tokens that no special rule is for."""
 
 FEED_FORWARD_RANK = 64
 """Largest R of a linear whose operand the GEMM before it makes (``svdq_kernels.feed_forward.MAX_RANK``)."""

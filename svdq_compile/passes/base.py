@@ -83,6 +83,15 @@ def value_of(node: object) -> object:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def calls(node: object, functions: Collection[Callable], *methods: str) -> bool:
+    """Whether a node calls one of these functions or methods."""
+    if not isinstance(node, fx.Node):
+        return False
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
+
+
 def insert(graph: fx.Graph, function: Callable, *args: object, **kwargs: object) -> fx.Node:
     """A call of a function at the graph's insertion point, with the value it has."""
     node = graph.call_function(function, args, kwargs)

@@ -12,6 +12,7 @@ from .attention_layout import attention_layout
 from .base import GraphPass, Report
 from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
+from .joint_heads import joint_heads
 from .modulate import modulate
 from .real_rope import real_rope
 from .share_inputs import share_inputs
@@ -19,10 +20,11 @@ from .share_inputs import share_inputs
 log = logging.getLogger(__name__)
 
 PASSES: tuple[GraphPass, ...] = (
-    real_rope,
     attention_layout,
     insert_linear,
     share_inputs,
+    joint_heads,
+    real_rope,
     fuse_feed_forward,
     modulate,
 )

@@ -15,7 +15,8 @@ import operator
 import torch
 from torch import fx
 
-from .base import Report, graph_pass, insert, value_of
+from ..ops.joint_heads import joint_heads
+from .base import Report, calls, graph_pass, insert, value_of
 
 MULTIPLY = (operator.mul, torch.mul, torch.multiply, torch.ops.aten.mul.Tensor)
 VIEW_AS_REAL = (torch.view_as_real, torch.ops.aten.view_as_real.default)
@@ -41,7 +42,7 @@ def real_rope(gm: fx.GraphModule) -> Report:
     left: list[tuple[str, str]] = []
     real_forms: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        if not _calls(node, VIEW_AS_REAL, "view_as_real"):
+        if not calls(node, VIEW_AS_REAL, "view_as_real") or all(user.target is joint_heads for user in node.users):
             continue
         product = node.all_input_nodes[0]
         reason = _reason_against(product)
@@ -49,9 +50,9 @@ def real_rope(gm: fx.GraphModule) -> Report:
             left.append((node.name, reason))
             continue
         first, second = product.args
-        if not _calls(first, VIEW_AS_COMPLEX, "view_as_complex"):
+        if not calls(first, VIEW_AS_COMPLEX, "view_as_complex"):
             first, second = second, first
-        pairs, factor = (_real_form(gm.graph, part, real_forms) for part in (first, second))
+        pairs, factor = (real_form(gm.graph, part, real_forms) for part in (first, second))
         with gm.graph.inserting_before(node):
             new = _multiply(gm.graph, pairs, factor)
         node.replace_all_uses_with(new)
@@ -60,21 +61,13 @@ def real_rope(gm: fx.GraphModule) -> Report:
     return Report("real_rope", tuple(matched), tuple(left))
 
 
-def _calls(node: object, functions: tuple, method: str) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target == method
-    )
-
-
 def _reason_against(product: fx.Node) -> str | None:
     """Why a ``view_as_real`` of this is left as it is, or None."""
-    if not _calls(product, MULTIPLY, "mul") or product.kwargs or len(product.args) != 2:
+    if not calls(product, MULTIPLY, "mul") or product.kwargs or len(product.args) != 2:
         return "it reads no product of two complex tensors"
     if len(product.users) > 1:
         return "the complex product is used otherwise as well"
-    if not any(_calls(factor, VIEW_AS_COMPLEX, "view_as_complex") for factor in product.args):
+    if not any(calls(factor, VIEW_AS_COMPLEX, "view_as_complex") for factor in product.args):
         return "no factor is a view of a real tensor"
     for factor in product.args:
         value = value_of(factor)
@@ -85,14 +78,20 @@ def _reason_against(product: fx.Node) -> str | None:
     return None
 
 
-def _real_form(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The real tensor [..., 2] of the same memory: what the complex one is a view of, or a view of it."""
+def real_form(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The real tensor [..., 2] of the same memory as a complex one: what that is a view of, or a view of it.
+
+    Args:
+        graph: gets what is not there yet.
+        node: of a complex tensor.
+        known: real forms found so far, which this adds to.
+    """
     if node in known:
         return known[node]
-    if _calls(node, VIEW_AS_COMPLEX, "view_as_complex"):
+    if calls(node, VIEW_AS_COMPLEX, "view_as_complex"):
         return node.all_input_nodes[0]
-    if _calls(node, UNSQUEEZE, "unsqueeze") and len(node.args) == 2:
-        base, dim = _real_form(graph, node.args[0], known), node.args[1]
+    if calls(node, UNSQUEEZE, "unsqueeze") and len(node.args) == 2:
+        base, dim = real_form(graph, node.args[0], known), node.args[1]
         with graph.inserting_after(node):
             known[node] = insert(graph, torch.unsqueeze, base, dim if dim >= 0 else dim - 1)
         return known[node]
@@ -122,7 +121,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     ours = (*VIEW_AS_REAL, *VIEW_AS_COMPLEX, *MULTIPLY, *UNSQUEEZE)
     if node.users or not (node.op == "call_method" or node.target in ours):
         return
-    if value_of(node) is None or not (value_of(node).dtype in COMPLEX or _calls(node, VIEW_AS_REAL, "view_as_real")):
+    if value_of(node) is None or not (value_of(node).dtype in COMPLEX or calls(node, VIEW_AS_REAL, "view_as_real")):
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

@@ -35,7 +35,10 @@ def test_the_option_is_a_list_of_names():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("real_rop", "no pass \\(did you mean 'real_rope'\\?\\); optional: real_rope"), ("insert_linear", "left out")],
+    [
+        ("real_rop", "no pass \\(did you mean 'real_rope'\\?\\); optional: attention_layout"),
+        ("insert_linear", "left out"),
+    ],
 )
 def test_other_names_are_refused(value, message):
     with pytest.raises(OptionError, match=message):
