@@ -100,7 +100,7 @@ class _Reader:
 
     def table(self, node: object) -> fx.Node:
         """The table behind its ``unsqueeze``, which the rotations of queries and keys may share."""
-        if not calls(node, UNSQUEEZE, "unsqueeze") or not node.args:
+        if not calls(node, UNSQUEEZE, "unsqueeze") or not node.args or not _is_tensor(node.args[0]):
             raise OtherHeads("the rotary table is no table of positions")
         table, value = node.args[0], value_of(node.args[0])
         if value.dtype is not torch.complex64 or value.is_conj():
@@ -118,11 +118,10 @@ class _Reader:
             node, weight = self.operands(node, what, MULTIPLY, "mul")
             if calls(weight, (), *CAST_METHODS):
                 node, weight = weight, node
-            value = value_of(weight)
-            if not isinstance(value, torch.Tensor) or not _same(value.shape, (self.head_dim,)):
+            if not _is_tensor(weight) or not _same(value_of(weight).shape, (self.head_dim,)):
                 raise OtherHeads("the norm's weight has another shape")
-            if value.dtype is not self.dtype:
-                raise OtherHeads(f"the norm's weight is {value.dtype}, its input {self.dtype}")
+            if value_of(weight).dtype is not self.dtype:
+                raise OtherHeads(f"the norm's weight is {value_of(weight).dtype}, its input {self.dtype}")
         product = self.cast(node, what, self.dtype)
         heads, factor = self.operands(product, what, MULTIPLY, "mul")
         if calls(heads, RSQRT, "rsqrt"):
@@ -189,15 +188,19 @@ class _Reader:
     def passed(self, node: object, what: str, functions: tuple, *methods: str) -> fx.Node:
         """What a call of one of these is given first."""
         self.pass_by(node, what, functions, *methods)
-        if not node.args or not isinstance(node.args[0], fx.Node):
+        if not node.args or not _is_tensor(node.args[0]):
             raise OtherHeads(f"{what}: other arguments than expected, at {node.name}")
         return node.args[0]
 
     def pass_by(self, node: object, what: str, functions: tuple, *methods: str) -> None:
         """Keeps a node that must be a call of one of these."""
-        if not calls(node, functions, *methods):
+        if not calls(node, functions, *methods) or not _is_tensor(node):
             raise OtherHeads(f"{what}: not as diffusers computes it, at {node}")
         self.nodes.append(node)
+
+
+def _is_tensor(node: object) -> bool:
+    return isinstance(value_of(node), torch.Tensor)
 
 
 def _same(sizes: tuple, expected: tuple) -> bool:

@@ -143,8 +143,9 @@ def _reason_against(joint: Joint, order: dict[fx.Node, int], written: list[int])
         if not node.users.keys() <= nodes.union(joint.cats):
             return f"{node.name} is read elsewhere too"
     first, last = (pick(order[cat] for cat in joint.cats) for pick in (min, max))
-    if any(heads.weight is not None and order[heads.weight] > first for heads in joint.rotated):
-        return "a norm's weight is computed behind the first concatenation"
+    read = [node for heads in joint.rotated for node in (heads.weight, heads.table) if node is not None]
+    if any(order[node] > first for node in read):
+        return "a norm's weight or a table is computed behind the first concatenation"
     begin = min(order[heads.group] for heads in joint.rotated)
     if any(begin <= position <= last for position in written):
         return "a tensor is written to between the linears and attention"

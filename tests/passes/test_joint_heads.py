@@ -385,7 +385,7 @@ def test_what_differs_is_left_and_said(options, reason):
     assert any(reason in each for each in recorder.reasons), recorder.reasons
 
 
-class Late(Attention):
+class LateWeight(Attention):
     """Joins queries before it has the keys' weights, which depend on them."""
 
     def forward(self, text, image, text_table, image_table):
@@ -401,11 +401,28 @@ class Late(Attention):
         return queries, keys, torch.cat(v, dim=1)
 
 
+class LateTable(Attention):
+    """Joins values before it has the tables, which depend on them."""
+
+    def forward(self, text, image, text_table, image_table):
+        parts = [
+            [self.heads(getattr(self, name)(x)) for name in names]
+            for names, x in zip(LINEARS, (text, image), strict=True)
+        ]
+        q, k, v = zip(*parts, strict=True)
+        values = torch.cat(v, dim=1)
+        tables = [each * values[0, 0, 0, 0] for each in (text_table, image_table)]
+        queries = torch.cat([self.rotate(self.norms[2 * i](q[i]), tables[i]) for i in range(2)], dim=1)
+        keys = torch.cat([self.rotate(self.norms[2 * i + 1](k[i]), tables[i]) for i in range(2)], dim=1)
+        return queries, keys, values
+
+
 @pytest.mark.usefixtures("fused")
-def test_what_the_first_concatenation_decides_is_left():
-    recorder = rewritten(Late())
+@pytest.mark.parametrize("module", [LateWeight, LateTable])
+def test_what_the_first_concatenation_decides_is_left(module):
+    recorder = rewritten(module())
     assert recorder.report.matched == ()
-    assert recorder.reasons == {"a norm's weight is computed behind the first concatenation"}
+    assert recorder.reasons == {"a norm's weight or a table is computed behind the first concatenation"}
 
 
 def dense(a):
