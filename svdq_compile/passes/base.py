@@ -10,6 +10,7 @@ from torch import fx
 
 from .. import _compat
 from ..ops.feed_forward import feed_forward
+from ..ops.joint_heads import joint_heads
 from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 
@@ -122,9 +123,8 @@ class SourceKeyed(_compat.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self._previous is not None:
             self._previous(graph)
-        found = {
-            op: len(graph.find_nodes(op="call_function", target=op)) for op in (linear, linear_group, feed_forward)
-        }
+        ours = (linear, linear_group, feed_forward, joint_heads)
+        found = {op: len(graph.find_nodes(op="call_function", target=op)) for op in ours}
         log.debug("%d linears reached Inductor as %s", self._expected, found)
 
     def uuid(self) -> object:

@@ -1,0 +1,122 @@
+"""Inductor's lowering of ``svdq::joint_heads``: each stream's GEMM writes its heads into attention's operands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .. import _compat
+from .._compat import ir
+from ..ops.joint_heads import MEMBERS, group_arguments, joint_heads
+from ..ops.linear_group import members_of
+from ..ops.plan import apart
+from . import launch, operands
+from .call import Call
+
+log = logging.getLogger(__name__)
+
+Tensor = ir.TensorBox
+
+
+def lower(
+    x: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+    freqs: Sequence[Tensor],
+    head_dim: int,
+    eps: float,
+    compute: str = "auto",
+) -> tuple[Tensor, ...]:
+    """The nodes of one call; arguments as the operator's. What no kernel of ours computes stays the operator."""
+    streams = [_calls(each, stream, compute) for each, stream in zip(x, (first, second), strict=True)]
+    any_call = streams[0][0]
+    reason = apart([call.plan for calls in streams for call in calls], head_dim, any_call.capability)
+    log.debug(
+        "svdq::joint_heads, %s tokens: %s", [calls[0].tokens for calls in streams], reason or "in one kernel each"
+    )
+    if reason:
+        opaque = _compat.fallback_handler(joint_heads, add_to_fallback_set=False)
+        return opaque(x, first, second, norms, freqs, head_dim, eps, compute)
+    batch, n = any_call.leading[0], any_call.out_features
+    sequence = sum(calls[0].leading[1] for calls in streams)
+    out = [launch.empty([batch, sequence, n], any_call.dtype, any_call.device) for _ in range(MEMBERS)]
+    start = 0
+    for calls, own, table in zip(streams, (norms[:2], norms[2:]), freqs, strict=True):
+        _write(calls, own, table, out, start, sequence, head_dim, eps)
+        start += calls[0].leading[1]
+    return tuple(launch.reshape(each, [batch, sequence, n // head_dim, head_dim]) for each in out)
+
+
+def _calls(x: Tensor, stream: Sequence[Tensor | None], compute: str) -> list[Call]:
+    """The linears of one stream."""
+    *lists, input_scale, pre_quant_scale, lora_down, lora_up, bias = group_arguments(stream)
+    members = members_of(*lists, lora_up, bias)
+    return [Call(x, *own, input_scale, pre_quant_scale, lora_down, up, b, compute) for *own, up, b in members]
+
+
+def _write(
+    calls: list[Call],
+    norms: Sequence[Tensor | None],
+    freqs: Tensor,
+    out: list[Tensor],
+    start,
+    sequence,
+    head_dim: int,
+    eps: float,
+) -> None:
+    """Writes one stream's heads into out; as :func:`svdq_kernels.heads.multiply_heads`."""
+    from svdq_kernels import dense
+    from svdq_kernels import heads as kernels
+
+    stream = calls[0]
+    m, n = stream.tokens, stream.out_features
+    x, scale_a, partials = operands.prepare(stream, stream.plan.operand)
+    weights, scales, factors = zip(*(operands.weight(call, x.get_dtype()) for call in calls), strict=True)
+    config = kernels.configuration(stream.hint, n, head_dim, stream.capability)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    own = {
+        "w": weights,
+        "scale_b_ptr": scales,
+        "up_ptr": [_contiguous(call.lora_up) for call in calls],
+        "bias_ptr": [_contiguous(call.bias) for call in calls],
+    }
+    tensors = {
+        "x": x,
+        "scale_a_ptr": scale_a,
+        "partials_ptr": partials,
+        **kernels.members(own),
+        "norm_q_ptr": _contiguous(norms[0]),
+        "norm_k_ptr": _contiguous(norms[1]),
+        "freqs_ptr": _contiguous(freqs),
+        "q_ptr": out[0],
+        "k_ptr": out[1],
+        "v_ptr": out[2],
+    }
+    sizes = {
+        "M": m,
+        "N": n,
+        "K": stream.in_features,
+        "stride_xm": x.get_stride()[0],
+        "stride_wn": weights[0].get_stride()[0],
+        "tokens": stream.leading[1],
+        "first": start,
+        "sequence": sequence,
+    }
+    constants = {
+        "PER_TOKEN": stream.dynamic,
+        "FACTOR_A": stream.factor_a,
+        "FACTOR_B": factors[0],
+        "EPS": eps,
+        "HEAD_DIM": head_dim,
+        "R": stream.rank,
+        "SPLITS": int(partials.get_size()[0]) if stream.rank else 1,
+        "CHUNK": dense.rank_chunk(stream.rank),
+        "TMA": dense.uses_tma(stream.capability),
+    }
+    grid = [dense.multiprocessors(stream.device), 1, 1]
+    launch.launch(kernels._heads_kernel, grid, tensors | sizes | constants | config, **options)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else launch.contiguous(tensor)
