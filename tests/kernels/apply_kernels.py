@@ -11,7 +11,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from svdq_kernels import dense, fp4
+from svdq_kernels import dense, fp4, heads
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
@@ -27,6 +27,11 @@ def prepare_modulated(x, s, t, down, operand, *modulation):
     return prepare(x, s, t, down, operand, modulation=modulation)
 
 
+def multiply_heads(*args):
+    heads.multiply_heads(*args)
+    return args[9]
+
+
 LAUNCHERS = {
     "prepare": prepare,
     "prepare_modulated": prepare_modulated,
@@ -35,6 +40,7 @@ LAUNCHERS = {
     "sum_partials": sum_partials,
     "multiply_few": multiply_few,
     "multiply_gelu_quantize": multiply_gelu_quantize,
+    "multiply_heads": multiply_heads,
     "linear_cuda": cuda.linear_cuda,
 }
 RESULT_DTYPE = {"encode_e2m1": torch.uint8, "magnitude_bits": torch.int32}
@@ -56,8 +62,15 @@ def map_function(name, values):
     return out
 
 
+@triton.jit
+def _load_pairs(pointers):
+    return tl.load(pointers), tl.load(pointers + 1)
+
+
 def pretend_to_be_a_gpu(major):
     """The CPU answers like a GPU; three multiprocessors, so that a program has several tiles."""
+    # The interpreter knows no PTX.
+    heads.load_pairs = _load_pairs
     torch.cuda.get_device_capability = lambda device=None: (major, 0)
     cuda.capability = lambda device: (major, 0)
     dense.multiprocessors = lambda device: 3
