@@ -8,8 +8,6 @@ rotate multiplies elements 2 i and 2 i + 1 of a head, as a complex number, with 
 float32 from the sums of the GEMM to the only rounding, that of the stored result.
 """
 
-from collections.abc import Mapping, Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -202,15 +200,15 @@ def configuration(m: int, n: int, head_dim: int, capability: tuple[int, int]) ->
 
 def multiply_heads(
     x_q: torch.Tensor,
-    w_q: Sequence[torch.Tensor],
+    w_q: list[torch.Tensor],
     scale_a: torch.Tensor | None,
-    scale_b: Sequence[torch.Tensor],
+    scale_b: list[torch.Tensor],
     partials: torch.Tensor | None,
-    lora_up: Sequence[torch.Tensor | None],
-    bias: Sequence[torch.Tensor | None],
-    norms: Sequence[torch.Tensor | None],
+    lora_up: list[torch.Tensor | None],
+    bias: list[torch.Tensor | None],
+    norms: list[torch.Tensor | None],
     freqs: torch.Tensor,
-    out: Sequence[torch.Tensor],
+    out: list[torch.Tensor],
     first: int,
     eps: float,
     factor_a: float = 1.0,
@@ -264,7 +262,7 @@ def multiply_heads(
         )
 
 
-def members(own: Mapping[str, Sequence]) -> dict[str, object]:
+def members(own: dict[str, list]) -> dict[str, object]:
     """The kernel's arguments that there are three of, by parameter name, of lists for q, k and v."""
     return {
         name.replace("_ptr", f"{i}_ptr") if "_ptr" in name else f"{name}{i}": value
