@@ -321,7 +321,7 @@ HEAD_DIMS = (64, 128)
 """Sizes of a head that a tile holds whole heads of."""
 
 STAGES = 3
-"""Stages of Hopper's largest tile here: as measured, a fourth leaves the epilogue too little of the cache."""
+"""Stages of Hopper's largest tile here: as measured, faster than the four that fit."""
 
 
 def configuration(m: int, n: int, head_dim: int, capability: tuple[int, int]) -> dict[str, int]:
