@@ -146,17 +146,6 @@ def test_gates_are_those_of_their_sequence():
         assert out.isnan().sum() == tokens
 
 
-@gpu
-@pytest.mark.parametrize("empty", [0, 1])
-def test_a_stream_without_tokens_leaves_the_other_alone(empty):
-    streams = list(of_kind(KINDS[0], 1, 128, (40, 40), (48, 128), 0))
-    gone = make(1, 0, 128, 48, torch.bfloat16, 0, 1, False, True, 0)
-    streams[empty] = gone
-    outs = kernels.multiply_residual(*streams)
-    assert outs[empty].shape == (0, 128)
-    assert_right(outs[1 - empty : 2 - empty], streams[1 - empty : 2 - empty])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,6 +158,15 @@ def test_a_stream_without_tokens_leaves_the_other_alone(empty):
         ({"gate": torch.zeros(2, 64)}, "one dtype"),
         ({"gate": torch.zeros(2, 32, dtype=torch.bfloat16)}, r"\(B, 64\)"),
         ({"gate": torch.zeros(3, 64, dtype=torch.bfloat16)}, "no multiple"),
+        (
+            {
+                "x_q": torch.zeros(0, 32, dtype=torch.uint8).view(E4M3),
+                "partials": None,
+                "lora_up": None,
+                "residual": torch.zeros(0, 64, dtype=torch.bfloat16),
+            },
+            "or none",
+        ),
         ({"gate": torch.zeros(64, 2, dtype=torch.bfloat16).t()}, "unit stride"),
     ],
 )

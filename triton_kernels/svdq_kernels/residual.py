@@ -285,7 +285,7 @@ def multiply_residual(first: Stream, second: Stream) -> tuple[torch.Tensor, torc
     """``residual + gate * ((x_q @ w_q.T) * (factor_a * scale_a * factor_b * scale_b) + h @ L1.T + bias)`` of both.
 
     Args:
-        first, second: the streams, with the same N and dtype of the residual.
+        first, second: the streams, each of at least one row, with the same N and dtype of the residual.
 
     Returns:
         The first stream's result and the second's, each as its residual.
@@ -297,8 +297,6 @@ def multiply_residual(first: Stream, second: Stream) -> tuple[torch.Tensor, torc
     check(streams)
     outs = tuple(torch.empty_like(stream.residual) for stream in streams)
     m, n = sum(stream.x_q.shape[0] for stream in streams), first.w_q.shape[0]
-    if not m:
-        return outs
     device = first.x_q.device
     capability = torch.cuda.get_device_capability(device)
     config = configuration(m, n, capability)
@@ -324,7 +322,7 @@ def _arguments(stream: Stream) -> dict[str, object]:
         "residual_ptr": residual,
         "gate_ptr": gate,
         "stride_gate": gate.stride(0),
-        "tokens": max(1, residual.shape[0] // max(1, gate.shape[0])),
+        "tokens": residual.shape[0] // gate.shape[0],
     }
 
 
@@ -352,5 +350,5 @@ def check(streams: Sequence[Stream]) -> None:
             raise ValueError(f"residual is {tuple(residual.shape)}, needs contiguous {(x_q.shape[0], n)}")
         if gate.dim() != 2 or gate.shape[1] != n or gate.stride(1) != 1:
             raise ValueError(f"gate is {tuple(gate.shape)}, needs (B, {n}) with unit stride")
-        if residual.shape[0] % max(1, gate.shape[0]):
-            raise ValueError(f"{residual.shape[0]} rows are no multiple of the gate's {gate.shape[0]}")
+        if not residual.numel() or not gate.numel() or residual.shape[0] % gate.shape[0]:
+            raise ValueError(f"{residual.shape[0]} rows are no multiple of the gate's {gate.shape[0]}, or none")
