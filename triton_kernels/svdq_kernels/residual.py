@@ -7,7 +7,6 @@ The tiles of both streams are dealt out in one row, so that those of a short str
 wave of the other leaves idle. Everything is float32 from the sums of the GEMM to the only rounding, that of out.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -326,7 +325,7 @@ def _arguments(stream: Stream) -> dict[str, object]:
     }
 
 
-def numbered(own: Sequence[dict[str, object]]) -> dict[str, object]:
+def numbered(own: list[dict[str, object]]) -> dict[str, object]:
     """The kernel's arguments that there are two of, by parameter name, of one mapping a stream."""
     return {
         f"{name.removesuffix('_ptr')}{i}{'_ptr' if name.endswith('_ptr') else ''}": value
@@ -335,7 +334,7 @@ def numbered(own: Sequence[dict[str, object]]) -> dict[str, object]:
     }
 
 
-def check(streams: Sequence[Stream]) -> None:
+def check(streams: tuple[Stream, Stream]) -> None:
     """Raises ValueError unless the arguments of :func:`multiply_residual` fit together."""
     n, dtype = streams[0].w_q.shape[0], streams[0].residual.dtype
     for x_q, w_q, scale_a, scale_b, partials, lora_up, bias, residual, gate, *_ in streams:
