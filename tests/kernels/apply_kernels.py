@@ -18,6 +18,7 @@ from svdq_kernels.expand import expand_nvfp4
 from svdq_kernels.feed_forward import multiply_gelu_quantize
 from svdq_kernels.gemv import multiply_few
 from svdq_kernels.projection import sum_partials
+from svdq_kernels.residual import multiply_residual
 
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move
@@ -41,6 +42,7 @@ LAUNCHERS = {
     "multiply_few": multiply_few,
     "multiply_gelu_quantize": multiply_gelu_quantize,
     "multiply_heads": multiply_heads,
+    "multiply_residual": multiply_residual,
     "linear_cuda": cuda.linear_cuda,
 }
 RESULT_DTYPE = {"encode_e2m1": torch.uint8, "magnitude_bits": torch.int32}
