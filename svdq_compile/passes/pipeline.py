@@ -12,6 +12,7 @@ from .attention_layout import attention_layout
 from .base import GraphPass, Report
 from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
+from .joint_feed_forward import joint_feed_forward
 from .joint_heads import joint_heads
 from .modulate import modulate
 from .real_rope import real_rope
@@ -26,6 +27,7 @@ PASSES: tuple[GraphPass, ...] = (
     joint_heads,
     real_rope,
     fuse_feed_forward,
+    joint_feed_forward,
     modulate,
 )
 
