@@ -155,12 +155,23 @@ def apart(plans: Sequence[Plan], head_dim: int, capability: Capability) -> str |
         head_dim: elements of a head.
         capability: of the GPU.
     """
+    reason = in_turn(plans, capability)
+    if reason is None and head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} elements, of which a tile holds no whole number"
+    return reason
+
+
+def in_turn(plans: Sequence[Plan], capability: Capability) -> str | None:
+    """Why linears of several streams are computed one by one, or None where one kernel may compute them all.
+
+    Args:
+        plans: of the linears of all streams.
+        capability: of the GPU.
+    """
     if any((chosen.kernel, chosen.operand) != ("dense", "fp8") for chosen in plans):
         return "a linear is no e4m3 GEMM"
     if capability >= (10, 0):
         return "on this GPU the fused kernel was never measured"
-    if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} elements, of which a tile holds no whole number"
     return None
 
 

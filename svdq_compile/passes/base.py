@@ -15,6 +15,7 @@ from .. import _compat
 from ..ops.feed_forward import feed_forward
 from ..ops.joint_feed_forward import joint_feed_forward
 from ..ops.joint_heads import joint_heads
+from ..ops.joint_linear import joint_linear
 from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 from ..ops.plan import GEMV_TOKENS, MANY
@@ -133,7 +134,7 @@ class SourceKeyed(_compat.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self._previous is not None:
             self._previous(graph)
-        ours = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads)
+        ours = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads, joint_linear)
         found = {op: len(graph.find_nodes(op="call_function", target=op)) for op in ours}
         log.debug("%d linears reached Inductor as %s", self._expected, found)
 

@@ -30,7 +30,7 @@ def fuse_feed_forward(gm: fx.GraphModule) -> Report:
     matched: list[str] = []
     left: list[tuple[str, str]] = []
     for down in graph.find_nodes(op="call_function", target=linear):
-        gelu = _behind_dropout(down.args[0])
+        gelu = behind_dropout(down.args[0])
         if gelu.op != "call_function" or gelu.target is not F.gelu:
             continue
         up = gelu.args[0] if gelu.args else gelu.kwargs["input"]
@@ -61,7 +61,7 @@ def _declined(down: fx.Node, gelu: fx.Node, up: fx.Node) -> str | None:
     return "the first linear's result is used elsewhere too" if len(up.users) > 1 else None
 
 
-def _behind_dropout(node: fx.Node) -> fx.Node:
+def behind_dropout(node: fx.Node) -> fx.Node:
     """The node whose values a node has: a dropout that does not train passes them on."""
     while node.op == "call_function" and node.target is F.dropout:
         given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs

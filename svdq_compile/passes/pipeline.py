@@ -14,6 +14,7 @@ from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
 from .joint_feed_forward import joint_feed_forward
 from .joint_heads import joint_heads
+from .joint_linear import joint_linear
 from .modulate import modulate
 from .real_rope import real_rope
 from .share_inputs import share_inputs
@@ -25,6 +26,7 @@ PASSES: tuple[GraphPass, ...] = (
     insert_linear,
     share_inputs,
     joint_heads,
+    joint_linear,
     real_rope,
     fuse_feed_forward,
     joint_feed_forward,

@@ -20,6 +20,7 @@ NAMES = {
     "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>": LINEARS,
     "_gelu_quantize_kernel_4": LINEARS,
     "_heads_kernel_7": LINEARS,
+    "_residual_kernel_8": LINEARS,
     "_dense_kernel": LINEARS,
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": ATTENTION,
     "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, false>>": ATTENTION,

@@ -27,7 +27,7 @@ LINEARS = ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_q", "to_k", "to_v")
 @pytest.fixture
 def fused(monkeypatch):
     """The passes believe that CPU tensors are on an H100; what they insert runs as its specification."""
-    for module in ("ops.cuda", "passes.joint_heads"):
+    for module in ("ops.cuda", "passes.joint_heads", "passes.joint_linear"):
         monkeypatch.setattr(f"svdq_compile.{module}.capability", lambda device: (9, 0))
 
 

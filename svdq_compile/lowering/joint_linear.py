@@ -1,0 +1,110 @@
+"""Inductor's lowering of ``svdq::joint_linear``: one GEMM for two streams, which finishes their residuals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import sympy
+import torch
+
+from .. import _compat
+from .._compat import ir
+from ..ops.plan import in_turn
+from . import launch, linear, operands
+from .call import Call
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+Tensor = ir.TensorBox
+
+
+def lower(
+    x: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    residual: Sequence[Tensor],
+    gate: Sequence[Tensor],
+    compute: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The nodes of one call; arguments as the operator's. Linears of different kernels are lowered one by one."""
+    streams = [(each, *stream, compute) for each, stream in zip(x, (first, second), strict=True)]
+    calls = [Call(*stream) for stream in streams]
+    reason = in_turn([call.plan for call in calls], calls[0].capability)
+    log.debug("svdq::joint_linear, %s tokens: %s", [call.tokens for call in calls], reason or "in one kernel")
+    if reason:
+        add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
+        given = zip(streams, residual, gate, strict=True)
+        one, two = (add(added, mul(factor, linear.lower(*stream))) for stream, added, factor in given)
+        return one, two
+    return residual_product(calls, [operands.prepare(call, call.plan.operand) for call in calls], residual, gate)
+
+
+def residual_product(
+    calls: Sequence[Call],
+    prepared: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    residual: Sequence[Tensor],
+    gate: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """``residual + gate * y`` of two streams' linears in one launch; as
+    :func:`svdq_kernels.residual.multiply_residual`.
+
+    Args:
+        calls: the linears, with e4m3 operands and of the same out_features N.
+        prepared: operand, tensor scale and down-projection of each.
+        residual: [B, S_i, N] of each stream.
+        gate: [B, 1, N] of each stream.
+
+    Returns:
+        The results, [B, S_i, N] each.
+    """
+    from svdq_kernels import dense
+    from svdq_kernels import residual as kernels
+
+    any_call = calls[0]
+    config = kernels.configuration(sum(call.hint for call in calls), any_call.out_features, any_call.capability)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    outs = [launch.empty([call.tokens, call.out_features], call.dtype, call.device) for call in calls]
+    given = zip(calls, prepared, residual, gate, outs, strict=True)
+    arguments = kernels.numbered([_arguments(*stream) for stream in given])
+    arguments |= {"N": any_call.out_features, "TMA": dense.uses_tma(any_call.capability)}
+    grid = [dense.multiprocessors(any_call.device), 1, 1]
+    launch.launch(kernels._residual_kernel, grid, arguments | config, **options)
+    one, two = (launch.reshape(y, [*call.leading, call.out_features]) for y, call in zip(outs, calls, strict=True))
+    return one, two
+
+
+def _arguments(
+    call: Call, prepared: tuple[Tensor, Tensor | None, Tensor | None], residual: Tensor, gate: Tensor, out: Tensor
+) -> dict[str, object]:
+    """What the kernel takes of one stream, by its parameters' names without the number."""
+    from svdq_kernels import dense
+
+    x, scale_a, partials = prepared
+    w, scale_b, factor_b = operands.weight(call, x.get_dtype())
+    batch, *rest = call.leading
+    gate = launch.contiguous_rows(launch.reshape(gate, [batch, call.out_features]))
+    return {
+        "x": x,
+        "w": w,
+        "scale_a_ptr": scale_a,
+        "scale_b_ptr": scale_b,
+        "partials_ptr": partials,
+        "up_ptr": launch.contiguous(call.lora_up) if call.rank else None,
+        "bias_ptr": None if call.bias is None else launch.contiguous(call.bias),
+        "residual_ptr": launch.contiguous(residual),
+        "gate_ptr": gate,
+        "out_ptr": out,
+        "M": call.tokens,
+        "K": call.in_features,
+        "stride_gate": gate.get_stride()[0],
+        "tokens": sympy.Mul(*rest),
+        "PER_TOKEN": call.dynamic,
+        "FACTOR_A": call.factor_a,
+        "FACTOR_B": factor_b,
+        "R": call.rank,
+        "SPLITS": int(partials.get_size()[0]) if call.rank else 1,
+        "CHUNK": dense.rank_chunk(call.rank),
+    }

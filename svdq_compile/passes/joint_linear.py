@@ -1,0 +1,172 @@
+"""The linears behind an attention of two streams, and the residuals they are added to, become ``svdq::joint_linear``.
+
+Its lowering computes both in one launch: the few tiles of a short text fill multiprocessors that the image's last ones
+leave idle.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import operator
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..ops.cuda import capability, plan_call
+from ..ops.joint_linear import PARTS
+from ..ops.joint_linear import joint_linear as joint_linear_operator
+from ..ops.linear import linear
+from ..ops.plan import GEMV_TOKENS, MANY, Plan, in_turn
+from .base import Report, calls, graph_pass, insert, value_of
+from .purity import mutates
+from .residual import Gated, OtherUse, read_gated
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A linear of one of the streams, and what its result is added to."""
+
+    node: fx.Node
+    gated: Gated
+
+    @property
+    def x(self) -> fx.Node:
+        return self.node.args[0]
+
+    @property
+    def parts(self) -> list[fx.Node | None]:
+        """Components and bias."""
+        return list(self.node.args[1 : 1 + PARTS])
+
+    @property
+    def compute(self) -> str:
+        return self.node.args[1 + PARTS]
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """All that the sum is computed from."""
+        return [*self.node.all_input_nodes, self.gated.gate, self.gated.residual]
+
+
+@graph_pass("linears of two streams behind one attention are computed in one launch, which finishes their residuals")
+def joint_linear(gm: fx.GraphModule) -> Report:
+    """Rewrites a graph in which linears are ``svdq::linear`` already; left are pairs behind one tensor's slices.
+
+    Args:
+        gm: Dynamo's graph.
+    """
+    matched: list[str] = []
+    left: list[tuple[str, str]] = []
+    for pair in _pairs(gm.graph):
+        try:
+            first, second = (Stream(node, read_gated(node)) for node in pair)
+        except OtherUse as error:
+            reason = str(error)
+        else:
+            order = {node: position for position, node in enumerate(gm.graph.nodes)}
+            reason = _reason_against(first, second, order) or _declined(first, second)
+        if reason:
+            left += [(node.name, reason) for node in pair]
+        else:
+            matched.append(_join(gm.graph, first, second, order))
+    return Report("joint_linear", tuple(matched), tuple(left))
+
+
+def _pairs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Linears that read two slices of one tensor's tokens."""
+    found: dict[fx.Node, list[fx.Node]] = collections.defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=linear):
+        whole = _sliced(node.args[0])
+        if whole is not None:
+            found[whole].append(node)
+    return [nodes for nodes in found.values() if len(nodes) == 2]
+
+
+def _sliced(x: fx.Node) -> fx.Node | None:
+    """The tensor [B, S, K] of which x is a slice of tokens, or a copy of one; None of anything else."""
+    while calls(x, (), "contiguous"):
+        x = x.args[0]
+    if not calls(x, (operator.getitem,)) or not isinstance(x.args[1], tuple):
+        return None
+    where = [index for position, index in enumerate(x.args[1]) if position != 1]
+    tokens = x.args[1][1] if len(x.args[1]) > 1 else None
+    return x.args[0] if isinstance(tokens, slice) and all(index == slice(None) for index in where) else None
+
+
+def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) -> str | None:
+    """Why the rewritten graph could compute something else, or None.
+
+    Args:
+        first, second: what is to be rewritten.
+        order: position of each node in the graph.
+    """
+    streams = (first, second)
+    one, two = (value_of(stream.gated.total) for stream in streams)
+    if first.compute != second.compute:
+        return f"the streams compute as {' and '.join(sorted((first.compute, second.compute)))}"
+    if one.dtype is not two.dtype or one.shape[2] != two.shape[2] or not guard_or_false(one.shape[0] == two.shape[0]):
+        return "the streams' results differ in dtype, batch or features"
+    if any(value_of(stream.gated.total).requires_grad for stream in streams):
+        return "gradients flow through it, which the operator has none of"
+    ready = max(order[node] for stream in streams for node in stream.read)
+    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
+        return "one stream's result is read before the other's can be computed"
+    ours = [order[node] for stream in streams for node in stream.gated.nodes]
+    begin, end = min(*ours, ready), max(*ours, ready)
+    if any(begin <= order[node] <= end for node in order if mutates(node)):
+        return "a tensor is written to between the linears and their residuals"
+    return None
+
+
+def _declined(first: Stream, second: Stream) -> str | None:
+    """Why no kernel of ours computes both in one."""
+    streams = (first, second)
+
+    def reason(tokens: list[int]) -> str | None:
+        plans = [_plan(stream, count) for stream, count in zip(streams, tokens, strict=True)]
+        slower = [chosen.reason for chosen in plans if not chosen.fused]
+        return slower[0] if slower else in_turn(plans, capability(value_of(first.x).device))
+
+    # The guard on a symbolic size is for what depends on it.
+    return reason([MANY, MANY]) or reason([_tokens(stream) for stream in streams])
+
+
+def _plan(stream: Stream, tokens: int) -> Plan:
+    qweight, _, _, input_scale, _, lora_down, *_ = map(value_of, stream.parts)
+    return plan_call(value_of(stream.x), qweight, input_scale, lora_down, stream.compute, tokens)
+
+
+def _tokens(stream: Stream) -> int:
+    """As :attr:`Facts.tokens`; which side of the line a symbolic size is on must hold for every later call."""
+    few = guard_or_false(math.prod(value_of(stream.x).shape[:-1]) <= GEMV_TOKENS)
+    return GEMV_TOKENS if few else MANY
+
+
+def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
+    """Puts the operator behind all it reads, in the place of the sums, and returns its name."""
+    streams = (first, second)
+    after = max((node for stream in streams for node in stream.read), key=order.get)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    after = max((after, *placeholders), key=order.get)
+    with graph.inserting_after(after):
+        new = insert(
+            graph,
+            joint_linear_operator,
+            [stream.x for stream in streams],
+            first.parts,
+            second.parts,
+            [stream.gated.residual for stream in streams],
+            [stream.gated.gate for stream in streams],
+            first.compute,
+        )
+    with graph.inserting_before(new.next):
+        results = [insert(graph, operator.getitem, new, index) for index in range(len(streams))]
+    for stream, result in zip(streams, results, strict=True):
+        total = stream.gated.total
+        result.meta = dict(total.meta) | {"example_value": result.meta["example_value"]}
+        total.replace_all_uses_with(result)
+        for node in reversed(stream.gated.nodes):
+            graph.erase_node(node)
+    return new.name
