@@ -1,15 +1,21 @@
-"""Inductor's lowering of ``svdq::joint_feed_forward``: the first GEMMs of both streams are one launch."""
+"""Inductor's lowering of ``svdq::joint_feed_forward``: two GEMMs, each of both streams, and nothing between them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+import torch
+
+from .. import _compat
 from .._compat import ir
 from ..ops.plan import separate
-from . import feed_forward, gemm, launch
+from . import feed_forward
+from .joint_linear import residual_product
 
 log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
 
 Tensor = ir.TensorBox
 
@@ -20,19 +26,20 @@ def lower(
     first_down: Sequence[Tensor | None],
     second_up: Sequence[Tensor | None],
     second_down: Sequence[Tensor | None],
+    residual: Sequence[Tensor],
+    gate: Sequence[Tensor],
     compute_up: str = "auto",
     compute_down: str = "auto",
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """The nodes of one call; arguments as the operator's. Streams that must be apart are lowered one by one."""
     layers = (x[0], first_up, first_down), (x[1], second_up, second_down)
     streams = [feed_forward.calls(*layer, compute_up, compute_down) for layer in layers]
     reasons = [separate(up.plan, down.plan, down.facts, down.dynamic) for up, down in streams]
     tokens = [up.tokens for up, _ in streams]
-    log.debug("svdq::joint_feed_forward %s tokens: %s", tokens, reasons if any(reasons) else "one kernel for both")
+    log.debug("svdq::joint_feed_forward %s tokens: %s", tokens, reasons if any(reasons) else "two kernels for both")
     if any(reasons):
-        return tuple(feed_forward.lower(*layer, compute_up, compute_down) for layer in layers)
-    results = []
-    for (_, down), operand in zip(streams, feed_forward.second_operands(streams), strict=True):
-        y = gemm.dense_product(down, *operand)
-        results.append(launch.reshape(y, [*down.leading, down.out_features]))
-    return tuple(results)
+        add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
+        results = [feed_forward.lower(*layer, compute_up, compute_down) for layer in layers]
+        one, two = (add(each, mul(factor, y)) for each, factor, y in zip(residual, gate, results, strict=True))
+        return one, two
+    return residual_product([down for _, down in streams], feed_forward.second_operands(streams), residual, gate)

@@ -1,4 +1,4 @@
-"""``svdq::joint_feed_forward``: two layers, one behind the other."""
+"""``svdq::joint_feed_forward``: the steps of two streams, one behind the other."""
 
 import pytest
 import torch
@@ -29,7 +29,10 @@ class Layers:
             ]
             for each in (format, other or format)
         ]
-        self.x = [torch.randn(size, generator=g).to(dtype) for size in ((2, 7, FEATURES), (2, 3, FEATURES))]
+        self.x, self.residual, self.gate = (
+            [torch.randn(2, tokens, FEATURES, generator=g).to(dtype) for tokens in sizes]
+            for sizes in ((7, 3), (7, 3), (1, 1))
+        )
 
     @property
     def arguments(self):
@@ -39,10 +42,11 @@ class Layers:
             for linear in layer
         ]
         mode = self.linears[0][0].weight.operator_compute
-        return self.x, *parts, mode, mode
+        return self.x, *parts, self.residual, self.gate, mode, mode
 
     def expected(self):
-        return [down(F.gelu(up(x), approximate="tanh")) for x, (up, down) in zip(self.x, self.linears, strict=True)]
+        given = zip(self.x, self.linears, self.residual, self.gate, strict=True)
+        return [residual + gate * down(F.gelu(up(x), approximate="tanh")) for x, (up, down), residual, gate in given]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -70,11 +74,17 @@ def test_opcheck(format, bias):
 
 
 WRONG = {
-    "an activation less": (0, lambda x: x[:1], "1 activations"),
-    "dtypes of the streams": (0, lambda x: [x[0].half(), x[1]], "the streams are"),
+    "an activation less": (0, lambda x: x[:1], "two of each"),
+    "a residual less": (5, lambda residual: residual[:1], "two of each"),
+    "a gate less": (6, lambda gate: gate[:1], "two of each"),
+    "two dimensions": (0, lambda x: [x[0], x[1][0]], "three dimensions"),
+    "dtypes of the streams": (0, lambda x: [x[0], x[1].half()], "the streams are"),
     "in_features": (0, lambda x: [x[0], x[1][..., :-16]], "in_features differ"),
     "hidden features": (1, lambda parts: [parts[0][:-16], *parts[1:]], "first linears' out_features"),
     "out_features": (4, lambda parts: [parts[0][:-16], *parts[1:]], "second linears' out_features"),
+    "a residual's dtype": (5, lambda residual: [residual[0].float(), residual[1]], "need x's dtype"),
+    "a residual's tokens": (5, lambda residual: residual[::-1], "a residual is"),
+    "a gate's shape": (6, lambda gate: [gate[0][:, 0], gate[1]], "a gate is"),
 }
 
 

@@ -23,7 +23,7 @@ CONFIG = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
     """The passes believe that CPU tensors are on an H100; what they insert runs as its specification."""
-    for module in ("ops.cuda", "passes.joint_heads"):
+    for module in ("ops.cuda", "passes.joint_heads", "passes.joint_linear"):
         monkeypatch.setattr(f"svdq_compile.{module}.capability", lambda device: (9, 0))
 
 
@@ -128,11 +128,11 @@ def test_sizes_change(dynamic):
 
 
 class Layer(nn.Module):
-    def __init__(self, hidden=HIDDEN, out_features=FEATURES, **options):
+    def __init__(self, hidden=HIDDEN, **options):
         super().__init__()
         options = {"compute": "fp8"} | options
         self.up = random_linear(hidden, FEATURES, **options)
-        self.down = random_linear(out_features, hidden, **options)
+        self.down = random_linear(FEATURES, hidden, **options)
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -145,84 +145,135 @@ class Streams(nn.Module):
         super().__init__()
         self.first, self.second, self.use = first or Layer(), second or Layer(format=Format.NVFP4), use
 
-    def forward(self, x, y):
-        return self.use(self.first, self.second, x, y)
+    def forward(self, x, y, gate, shift):
+        return self.use(self.first, self.second, x, y, gate, shift)
 
 
-def inputs(tokens=(40, 30)):
+def inputs(tokens=(40, 30), batches=(1, 1)):
+    """Both streams, and two gates."""
     g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, count, FEATURES, generator=g).bfloat16() for count in tokens)
+    sizes = zip((*batches, *batches), (*tokens, 1, 1), strict=True)
+    return tuple(torch.randn(batch, count, FEATURES, generator=g).bfloat16() for batch, count in sizes)
 
 
-def independent(first, second, x, y):
-    return first(x), second(y)
+def independent(first, second, x, y, gate, other):
+    return x + gate * first(x), y + other * second(y)
 
 
-def used_ahead(first, second, x, y):
-    """What needs the first layer is ahead of the second, among what the second needs."""
-    one = first(x)
-    total = one + x
+def with_dropout(first, second, x, y, gate, other):
+    return F.dropout(first(x), 0.5, False) * gate + x, y + second(y) * other
+
+
+def used_behind_both(first, second, x, y, gate, other):
+    """What the second needs is computed behind the first's sum."""
+    total = x + gate * first(x)
     y = y * 2
-    once_more = total * one
-    y = y - 1
-    return once_more, second(y), total + y[:, :1]
+    shift = other - 1
+    text = y + shift * second(y - 1)
+    return total * 2, text + total[:, :1], total
 
 
-def of_one_tensor(first, second, x, y):
-    return first(x), second(x), y
+def of_one_tensor(first, second, x, y, gate, other):
+    return x + gate * first(x), x + other * second(x), y
 
 
-@pytest.mark.parametrize("use", [independent, used_ahead, of_one_tensor])
-def test_independent_layers_are_joined(use):
-    recorder = compiled(Streams(use), inputs())
+@pytest.mark.parametrize("use", [independent, with_dropout, used_behind_both, of_one_tensor])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_independent_layers_are_joined(use, batch):
+    recorder = compiled(Streams(use), inputs(batches=(batch, batch)))
     assert (len(recorder.report.matched), recorder.report.left) == (1, ())
     assert (recorder.count(joint_feed_forward), recorder.count(feed_forward)) == (1, 0)
 
 
-def one_behind_the_other(first, second, x, y):
-    return second(first(x)), y
+def one_behind_the_other(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    return y + other * second(total[:, :30]), total
 
 
-def through_others(first, second, x, y):
-    shift = first(x).mean(1, keepdim=True)
-    return (second(y + shift * 2),)
+def directly(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    return total + other * second(total), y
 
 
-def written_between(first, second, x, y):
-    one = first(x)
+def its_residual(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    return total + other * second(x), y
+
+
+def the_first_sum_needs_the_second(first, second, x, y, gate, other):
+    product = gate * first(x)
+    return (x + other * second(x)) + product, y
+
+
+def read_ahead(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    once_more = total * 2
+    return y + other * second(y - 1), once_more
+
+
+def written_between(first, second, x, y, gate, other):
+    total = x + gate * first(x)
     y.add_(1)
-    return one, second(y)
+    return total, y + other * second(y)
 
 
-def its_result_written(first, second, x, y):
-    one = first(x)
-    kept = one + 1
-    one.mul_(2)
-    return one, kept, second(y)
+def its_sum_written(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    total.mul_(2)
+    return total, y + other * second(y)
 
 
-@pytest.mark.parametrize(
-    ("use", "reason"),
-    [
-        (one_behind_the_other, "depends on it"),
-        (through_others, "depends on it"),
-        (written_between, "written to"),
-        (its_result_written, "written to"),
-    ],
-)
-def test_what_another_order_could_change_is_left(use, reason):
+def without_a_gate(first, second, x, y, gate, other):
+    return x + first(x), y + other * second(y)
+
+
+def without_a_residual(first, second, x, y, gate, other):
+    return x + gate * first(x), other * second(y)
+
+
+def a_gate_per_token(first, second, x, y, gate, other):
+    return x + x * first(x), y + other * second(y)
+
+
+def kept(first, second, x, y, gate, other):
+    result = first(x)
+    return x + gate * result, y + other * second(y), result
+
+
+LEFT = {
+    one_behind_the_other: "is read before",
+    directly: "depends on it",
+    its_residual: "depends on it",
+    the_first_sum_needs_the_second: "depends on it",
+    read_ahead: "is read before",
+    written_between: "written to",
+    its_sum_written: "written to",
+    without_a_gate: "not multiplied with a gate",
+    without_a_residual: "not added to a residual",
+    a_gate_per_token: "the gate has another shape",
+    kept: "read elsewhere",
+}
+
+
+@pytest.mark.parametrize("use", LEFT, ids=lambda use: use.__name__)
+def test_what_would_compute_something_else_is_left(use):
     recorder = compiled(Streams(use), inputs())
     assert recorder.report.matched == ()
-    assert [reason in each for each in recorder.reasons] == [True]
+    (reason,) = recorder.reasons
+    assert LEFT[use] in reason
     assert recorder.count(feed_forward) == 2
+
+
+def test_batches_that_differ_are_left():
+    recorder = compiled(Streams(independent), inputs(batches=(1, 2)))
+    assert "another dtype, device, batch or features" in recorder.reasons[0]
 
 
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [
-        ({}, {"hidden": 48}, "other sizes"),
-        ({}, {"out_features": 16}, "other sizes"),
-        ({}, {"compute": "bf16"}, "compute as"),
+        ({}, {"hidden": 48}, "batch or features"),
+        ({}, {"compute": "bf16"}, "computes as"),
         ({"compute": "bf16"}, {"compute": "bf16"}, "first linear is no e4m3 GEMM"),
         ({"compute": "nvfp4"}, {"compute": "nvfp4"}, "first linear is no e4m3 GEMM"),
         ({}, {"dynamic": True}, "depends on whole tokens"),
@@ -252,20 +303,15 @@ def test_other_devices_are_left(monkeypatch, capability):
     assert len(recorder.reasons) == 1
 
 
-class Three(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(3))
-
-    def forward(self, x, y):
-        first, second, third = self.layers
-        one = first(x)
-        return second(one), third(y)
+def three(first, second, x, y, gate, other):
+    total = x + gate * first(x)
+    total = total + gate * second(total)
+    return total, y + other * first(y)
 
 
-def test_a_layer_that_was_left_alone_is_joined_with_none_behind_it():
-    """The first is ahead of what depends on it, which is joined with the third."""
-    recorder = compiled(Three(), inputs())
+def test_a_layer_that_was_left_waits_for_none_behind_the_next():
+    """The first is left alone, for the second depends on it; the second is joined with the third."""
+    recorder = compiled(Streams(three), inputs())
     assert (len(recorder.report.matched), len(recorder.report.left)) == (1, 1)
     assert "depends on it" in recorder.reasons[0]
     assert (recorder.count(joint_feed_forward), recorder.count(feed_forward)) == (1, 1)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dense
+from . import dense, residual
 from .activation import check_scales, padded_rank, smooth
 from .dense import column_parts, dense_tile, tile_origin
 
@@ -335,12 +335,8 @@ def configuration(m: int, n: int, capability: tuple[int, int]) -> dict[str, int]
 
 def numbered(streams: list[dict[str, object]]) -> dict[str, object]:
     """What a kernel of one or two streams takes of each, by its parameters' names: with the stream's number."""
-    both = (*streams, dict.fromkeys(streams[0]))[:2]
-    return {
-        name.replace("_ptr", f"{i}_ptr") if "_ptr" in name else f"{name}{i}": value
-        for i, stream in enumerate(both)
-        for name, value in stream.items()
-    } | {"STREAMS": len(streams)}
+    both = [*streams, dict.fromkeys(streams[0])][:2]
+    return residual.numbered(both) | {"STREAMS": len(streams)}
 
 
 class Stream:
