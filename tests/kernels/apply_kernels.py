@@ -17,7 +17,7 @@ from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
 from svdq_kernels.gemv import multiply_few
 from svdq_kernels.projection import sum_partials
-from svdq_kernels.residual import Stream, multiply_residual
+from svdq_kernels.residual import multiply_residual
 
 from svdq_compile.ops import cuda
 from svdq_compile.testing.tensors import move
@@ -36,10 +36,6 @@ def multiply_gelu_quantize(streams, dtype):
     return feed_forward.multiply_gelu_quantize([feed_forward.Stream(*stream) for stream in streams], dtype)
 
 
-def multiply_residuals(first, second):
-    return multiply_residual(Stream(*first), Stream(*second))
-
-
 LAUNCHERS = {
     "prepare": prepare,
     "prepare_modulated": prepare_modulated,
@@ -49,7 +45,7 @@ LAUNCHERS = {
     "multiply_few": multiply_few,
     "multiply_gelu_quantize": multiply_gelu_quantize,
     "multiply_heads": multiply_heads,
-    "multiply_residual": multiply_residuals,
+    "multiply_residual": multiply_residual,
     "linear_cuda": cuda.linear_cuda,
 }
 RESULT_DTYPE = {"encode_e2m1": torch.uint8, "magnitude_bits": torch.int32}

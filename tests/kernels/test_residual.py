@@ -1,6 +1,7 @@
 """Linears of two streams in one launch, each finished as its stream's residual, against float64."""
 
 import pathlib
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ pytest.importorskip("triton")
 
 from svdq_kernels import dense
 from svdq_kernels import residual as kernels
-from svdq_kernels.residual import Stream
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
 E4M3 = torch.float8_e4m3fn
@@ -24,6 +24,26 @@ FACTORS = (6.0, 8.0)
 
 def gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+class Stream(NamedTuple):
+    """Arguments of multiply_residual that one stream has."""
+
+    x_q: torch.Tensor
+    w_q: torch.Tensor
+    scale_a: torch.Tensor
+    scale_b: torch.Tensor
+    partials: torch.Tensor | None
+    lora_up: torch.Tensor | None
+    bias: torch.Tensor | None
+    residual: torch.Tensor
+    gate: torch.Tensor
+    factor_a: float = FACTORS[0]
+    factor_b: float = FACTORS[1]
+
+
+def run(*streams):
+    return kernels.multiply_residual(*zip(*streams, strict=True))
 
 
 def make(batch, tokens, n, k, dtype, rank, splits, per_token, bias, seed, device="cuda"):
@@ -46,8 +66,6 @@ def make(batch, tokens, n, k, dtype, rank, splits, per_token, bias, seed, device
         bias=randn(n).to(dtype) if bias else None,
         residual=randn(m, n).to(dtype),
         gate=randn(batch, 3 * n).to(dtype)[:, n : 2 * n],
-        factor_a=FACTORS[0],
-        factor_b=FACTORS[1],
     )
 
 
@@ -108,7 +126,7 @@ def test_in_the_interpreter(major, tmp_path):
         tuple(make(*own[:4], torch.float16, *own[4:], seed=i, device="cpu") for own in both)
         for i, both in enumerate(shapes)
     ]
-    arguments = [("multiply_residual", tuple(tuple(stream) for stream in case)) for case in cases]
+    arguments = [("multiply_residual", tuple(zip(*case, strict=True))) for case in cases]
     for streams, outs in zip(cases, run_script(APPLY, arguments, tmp_path, "cpu", str(major)), strict=True):
         assert_right(outs, streams)
 
@@ -116,9 +134,9 @@ def test_in_the_interpreter(major, tmp_path):
 @gpu
 @given(ARGUMENTS)
 def test_within_the_budget_and_the_same_every_time(streams):
-    outs = kernels.multiply_residual(*streams)
+    outs = run(*streams)
     assert_right(outs, streams)
-    for again, once in zip(kernels.multiply_residual(*streams), outs, strict=True):
+    for again, once in zip(run(*streams), outs, strict=True):
         assert_bits_equal(again, once)
 
 
@@ -128,8 +146,8 @@ def test_a_stream_does_not_meet_the_other(streams):
     """Its result is that of a launch with a stream of other values, NaN among them."""
     first, second = streams
     dirty = second._replace(residual=torch.full_like(second.residual, float("nan")))
-    clean, _ = kernels.multiply_residual(first, second)
-    beside, spoilt = kernels.multiply_residual(first, dirty)
+    clean, _ = run(first, second)
+    beside, spoilt = run(first, dirty)
     assert_bits_equal(beside, clean)
     assert spoilt.isnan().all()
 
@@ -140,7 +158,7 @@ def test_gates_are_those_of_their_sequence():
     for stream, tokens in zip(streams, (129, 40), strict=True):
         stream.gate[1] = 0
         stream.gate[2, 7] = float("nan")
-        out = kernels.multiply_residual(*streams)[0 if tokens == 129 else 1]
+        out = run(*streams)[0 if tokens == 129 else 1]
         assert_bits_equal(out[tokens : 2 * tokens], stream.residual[tokens : 2 * tokens])
         assert out[2 * tokens :, 7].isnan().all()
         assert out.isnan().sum() == tokens
@@ -175,13 +193,13 @@ def test_refuses(change, message, second):
     right = make(2, 4, 64, 32, torch.bfloat16, 16, 2, False, True, 0, device="cpu")
     streams = [right._replace(**change), right]
     with pytest.raises(ValueError, match=message):
-        kernels.multiply_residual(*(streams[::-1] if second else streams))
+        run(*(streams[::-1] if second else streams))
 
 
 def test_refuses_streams_of_different_widths():
     streams = (make(1, 4, n, 32, torch.bfloat16, 16, 2, False, True, 0, device="cpu") for n in (64, 48))
     with pytest.raises(ValueError, match="64 and 48 columns"):
-        kernels.multiply_residual(*streams)
+        run(*streams)
 
 
 def compiled_for(capability, ranks, size, in_features=3072):

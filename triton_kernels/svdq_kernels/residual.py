@@ -7,8 +7,6 @@ The tiles of both streams are dealt out in one row, so that those of a short str
 wave of the other leaves idle. Everything is float32 from the sums of the GEMM to the only rounding, that of out.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -244,30 +242,6 @@ def _residual_kernel(
     )
 
 
-class Stream(NamedTuple):
-    """One of the two linears, and what its result is added to.
-
-    Args:
-        x_q: float8_e4m3fn [M, K], contiguous, K a multiple of 16.
-        w_q: float8_e4m3fn [N, K], contiguous.
-        scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b: as in :func:`svdq_kernels.dense.multiply`.
-        residual: bfloat16 or float16 [M, N], contiguous.
-        gate: the same dtype [B, N] with unit stride along N, one row for each M / B rows of residual.
-    """
-
-    x_q: torch.Tensor
-    w_q: torch.Tensor
-    scale_a: torch.Tensor | None
-    scale_b: torch.Tensor
-    partials: torch.Tensor | None
-    lora_up: torch.Tensor | None
-    bias: torch.Tensor | None
-    residual: torch.Tensor
-    gate: torch.Tensor
-    factor_a: float = 1.0
-    factor_b: float = 1.0
-
-
 def configuration(m: int, n: int, capability: tuple[int, int]) -> dict[str, int]:
     """Constants of the kernel, ``num_warps`` and ``num_stages``.
 
@@ -280,46 +254,61 @@ def configuration(m: int, n: int, capability: tuple[int, int]) -> dict[str, int]
     return config | {"PARTS": dense.column_parts_of(config["BLOCK_N"])}
 
 
-def multiply_residual(first: Stream, second: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+def multiply_residual(
+    x_q: tuple[torch.Tensor, torch.Tensor],
+    w_q: tuple[torch.Tensor, torch.Tensor],
+    scale_a: tuple[torch.Tensor | None, torch.Tensor | None],
+    scale_b: tuple[torch.Tensor, torch.Tensor],
+    partials: tuple[torch.Tensor | None, torch.Tensor | None],
+    lora_up: tuple[torch.Tensor | None, torch.Tensor | None],
+    bias: tuple[torch.Tensor | None, torch.Tensor | None],
+    residual: tuple[torch.Tensor, torch.Tensor],
+    gate: tuple[torch.Tensor, torch.Tensor],
+    factor_a: tuple[float, float] = (1.0, 1.0),
+    factor_b: tuple[float, float] = (1.0, 1.0),
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``residual + gate * ((x_q @ w_q.T) * (factor_a * scale_a * factor_b * scale_b) + h @ L1.T + bias)`` of both.
 
-    Args:
-        first, second: the streams, each of at least one row, with the same N and dtype of the residual.
+    Args, one per stream:
+        x_q: float8_e4m3fn [M, K], contiguous, K a multiple of 16, M at least 1.
+        w_q: float8_e4m3fn [N, K], contiguous, of one N.
+        scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b: as in :func:`svdq_kernels.dense.multiply`.
+        residual: bfloat16 or float16 [M, N], contiguous.
+        gate: the same dtype [B, N] with unit stride along N, one row for each M / B rows of residual.
 
     Returns:
-        The first stream's result and the second's, each as its residual.
+        The results, each as its residual.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    streams = (first, second)
+    streams = list(zip(x_q, w_q, scale_a, scale_b, partials, lora_up, bias, residual, gate, strict=True))
     check(streams)
-    outs = tuple(torch.empty_like(stream.residual) for stream in streams)
-    m, n = sum(stream.x_q.shape[0] for stream in streams), first.w_q.shape[0]
-    device = first.x_q.device
+    outs = [torch.empty_like(each) for each in residual]
+    n, device = w_q[0].shape[0], x_q[0].device
     capability = torch.cuda.get_device_capability(device)
-    config = configuration(m, n, capability)
-    tiles = sum(triton.cdiv(stream.x_q.shape[0], config["BLOCK_M"]) for stream in streams)
-    tiles *= triton.cdiv(n, config["BLOCK_N"])
-    own = [_arguments(stream) | {"out_ptr": out} for stream, out in zip(streams, outs, strict=True)]
-    with torch.cuda.device_of(first.x_q):
+    config = configuration(sum(each.shape[0] for each in x_q), n, capability)
+    tiles = sum(triton.cdiv(each.shape[0], config["BLOCK_M"]) for each in x_q) * triton.cdiv(n, config["BLOCK_N"])
+    own = [_arguments(*each) for each in zip(streams, factor_a, factor_b, outs, strict=True)]
+    with torch.cuda.device_of(x_q[0]):
         triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
         _residual_kernel[(min(tiles, dense.multiprocessors(device)),)](
             N=n, TMA=dense.uses_tma(capability), **numbered(own), **config
         )
-    return outs
+    return outs[0], outs[1]
 
 
-def _arguments(stream: Stream) -> dict[str, object]:
+def _arguments(stream: tuple, factor_a: float, factor_b: float, out: torch.Tensor) -> dict[str, object]:
     """What the kernel takes of one stream, by its parameters' names without the number."""
-    *operands, residual, gate, factor_a, factor_b = stream
+    *operands, residual, gate = stream
     given = dense.tile_arguments(*operands, factor_a, factor_b)
     shared = {name: value for name, value in given.items() if name not in ("N", "stride_xm", "stride_wn")}
     return shared | {
-        "x": stream.x_q,
-        "w": stream.w_q,
+        "x": operands[0],
+        "w": operands[1],
         "residual_ptr": residual,
         "gate_ptr": gate,
+        "out_ptr": out,
         "stride_gate": gate.stride(0),
         "tokens": residual.shape[0] // gate.shape[0],
     }
@@ -334,10 +323,10 @@ def numbered(own: list[dict[str, object]]) -> dict[str, object]:
     }
 
 
-def check(streams: tuple[Stream, Stream]) -> None:
-    """Raises ValueError unless the arguments of :func:`multiply_residual` fit together."""
-    n, dtype = streams[0].w_q.shape[0], streams[0].residual.dtype
-    for x_q, w_q, scale_a, scale_b, partials, lora_up, bias, residual, gate, *_ in streams:
+def check(streams: list[tuple]) -> None:
+    """Raises ValueError unless the streams' arguments of :func:`multiply_residual` but the factors fit together."""
+    n, dtype = streams[0][1].shape[0], streams[0][7].dtype
+    for x_q, w_q, scale_a, scale_b, partials, lora_up, bias, residual, gate in streams:
         if x_q.dtype != torch.float8_e4m3fn:
             raise ValueError(f"operands are {x_q.dtype}, needs e4m3")
         dense.check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias)
