@@ -1,4 +1,4 @@
-"""Inductor's lowering of ``svdq::joint_heads``: each stream's GEMM writes its heads into attention's operands."""
+"""Inductor's lowering of ``svdq::joint_heads``: one GEMM of both streams writes attention's operands."""
 
 from __future__ import annotations
 
@@ -29,22 +29,34 @@ def lower(
     compute: str = "auto",
 ) -> tuple[Tensor, ...]:
     """The nodes of one call; arguments as the operator's. What no kernel of ours computes stays the operator."""
+    from svdq_kernels import dense
+    from svdq_kernels import heads as kernels
+
     streams = [_calls(each, stream, compute) for each, stream in zip(x, (first, second), strict=True)]
     any_call = streams[0][0]
     reason = apart([call.plan for calls in streams for call in calls], head_dim, any_call.capability)
-    log.debug(
-        "svdq::joint_heads, %s tokens: %s", [calls[0].tokens for calls in streams], reason or "in one kernel each"
-    )
+    log.debug("svdq::joint_heads, %s tokens: %s", [calls[0].tokens for calls in streams], reason or "one kernel")
     if reason:
         opaque = _compat.fallback_handler(joint_heads, add_to_fallback_set=False)
         return opaque(x, first, second, norms, freqs, head_dim, eps, compute)
     batch, n = any_call.leading[0], any_call.out_features
     sequence = sum(calls[0].leading[1] for calls in streams)
     out = [launch.empty([batch, sequence, n], any_call.dtype, any_call.device) for _ in range(MEMBERS)]
-    start = 0
-    for calls, own, table in zip(streams, (norms[:2], norms[2:]), freqs, strict=True):
-        _write(calls, own, table, out, start, sequence, head_dim, eps)
-        start += calls[0].leading[1]
+    own = [_arguments(*each) for each in zip(streams, (norms[:2], norms[2:]), freqs, strict=True)]
+    hint = max(calls[0].hint for calls in streams)
+    config = kernels.configuration(hint, n, head_dim, any_call.capability)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    shared = {
+        "q_ptr": out[0],
+        "k_ptr": out[1],
+        "v_ptr": out[2],
+        "N": n,
+        "EPS": eps,
+        "HEAD_DIM": head_dim,
+        "TMA": dense.uses_tma(any_call.capability),
+    }
+    grid = [dense.multiprocessors(any_call.device), 1, 1]
+    launch.launch(kernels._heads_kernel, grid, kernels.both(*own) | shared | config, **options)
     return tuple(launch.reshape(each, [batch, sequence, n // head_dim, head_dim]) for each in out)
 
 
@@ -55,33 +67,21 @@ def _calls(x: Tensor, stream: Sequence[Tensor | None], compute: str) -> list[Cal
     return [Call(x, *own, input_scale, pre_quant_scale, lora_down, up, b, compute) for *own, up, b in members]
 
 
-def _write(
-    calls: list[Call],
-    norms: Sequence[Tensor | None],
-    freqs: Tensor,
-    out: list[Tensor],
-    start,
-    sequence,
-    head_dim: int,
-    eps: float,
-) -> None:
-    """Writes one stream's heads into out; as :func:`svdq_kernels.heads.multiply_heads`."""
+def _arguments(calls: list[Call], norms: Sequence[Tensor | None], freqs: Tensor) -> dict[str, object]:
+    """One stream's arguments of the kernel; as :func:`svdq_kernels.heads.stream_arguments`."""
     from svdq_kernels import dense
     from svdq_kernels import heads as kernels
 
     stream = calls[0]
-    m, n = stream.tokens, stream.out_features
     x, scale_a, partials = operands.prepare(stream, stream.plan.operand)
     weights, scales, factors = zip(*(operands.weight(call, x.get_dtype()) for call in calls), strict=True)
-    config = kernels.configuration(stream.hint, n, head_dim, stream.capability)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     own = {
         "w": weights,
         "scale_b_ptr": scales,
         "up_ptr": [_contiguous(call.lora_up) for call in calls],
         "bias_ptr": [_contiguous(call.bias) for call in calls],
     }
-    tensors = {
+    return {
         "x": x,
         "scale_a_ptr": scale_a,
         "partials_ptr": partials,
@@ -89,33 +89,16 @@ def _write(
         "norm_q_ptr": _contiguous(norms[0]),
         "norm_k_ptr": _contiguous(norms[1]),
         "freqs_ptr": _contiguous(freqs),
-        "q_ptr": out[0],
-        "k_ptr": out[1],
-        "v_ptr": out[2],
-    }
-    sizes = {
-        "M": m,
-        "N": n,
+        "M": stream.tokens,
         "K": stream.in_features,
-        "stride_xm": x.get_stride()[0],
-        "stride_wn": weights[0].get_stride()[0],
         "tokens": stream.leading[1],
-        "first": start,
-        "sequence": sequence,
-    }
-    constants = {
         "PER_TOKEN": stream.dynamic,
         "FACTOR_A": stream.factor_a,
         "FACTOR_B": factors[0],
-        "EPS": eps,
-        "HEAD_DIM": head_dim,
         "R": stream.rank,
         "SPLITS": int(partials.get_size()[0]) if stream.rank else 1,
         "CHUNK": dense.rank_chunk(stream.rank),
-        "TMA": dense.uses_tma(stream.capability),
     }
-    grid = [dense.multiprocessors(stream.device), 1, 1]
-    launch.launch(kernels._heads_kernel, grid, tensors | sizes | constants | config, **options)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

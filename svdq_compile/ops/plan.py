@@ -147,8 +147,8 @@ def separate(up: Plan, down: Plan, facts: Facts, dynamic: bool) -> str | None:
 
 
 def apart(plans: Sequence[Plan], head_dim: int, capability: Capability) -> str | None:
-    """Why attention's operands are made apart from the linears they come from, or None where one kernel a stream
-    finishes its products as normalised and rotated heads.
+    """Why attention's operands are made apart from the linears they come from, or None where one kernel finishes the
+    products of both streams as normalised and rotated heads.
 
     Args:
         plans: of the linears of all streams.

@@ -20,14 +20,15 @@ HEADS, IN_FEATURES, EPS = 3, 272, 1e-6
 
 
 class Joint(nn.Module):
-    """The operator on two streams; the first one's norms have no weight."""
+    """The operator on two streams, of a format each; the first one's norms have no weight."""
 
-    def __init__(self, head_dim, **options):
+    def __init__(self, head_dim, formats=(Format.NVFP4_SVD, Format.NVFP4_SVD), **options):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.head_dim = head_dim
         self.streams = nn.ModuleList()
-        for _ in range(2):
+        for format in formats:
+            options["format"] = format
             linears = [random_linear(HEADS * head_dim, IN_FEATURES, generator=g, **options) for _ in range(3)]
             share_activation(*linears)
             self.streams.append(nn.ModuleList(linears))
@@ -69,8 +70,9 @@ class Joint(nn.Module):
     "options",
     [
         {"head_dim": 128, "compute": "fp8"},
-        {"head_dim": 64, "compute": "fp8", "format": Format.FP8_SVD, "rank": 48, "bias": False},
-        {"head_dim": 128, "compute": "fp8", "format": Format.NVFP4, "dtype": torch.float16},
+        {"head_dim": 128, "compute": "fp8", "formats": (Format.NVFP4, Format.NVFP4_SVD), "rank": 32},
+        {"head_dim": 64, "compute": "fp8", "formats": (Format.FP8_SVD, Format.FP8_SVD), "rank": 48, "bias": False},
+        {"head_dim": 128, "compute": "fp8", "formats": (Format.FP8_SVD, Format.NVFP4), "dtype": torch.float16},
         {"head_dim": 64, "compute": "fp8", "dynamic": True},
         {"head_dim": 128, "compute": "nvfp4"},
     ],

@@ -27,9 +27,9 @@ def prepare_modulated(x, s, t, down, operand, *modulation):
     return prepare(x, s, t, down, operand, modulation=modulation)
 
 
-def multiply_heads(*args):
-    heads.multiply_heads(*args)
-    return args[9]
+def multiply_heads(first, second, out, eps):
+    heads.multiply_heads(first, second, out, eps)
+    return out
 
 
 def multiply_gelu_quantize(streams, dtype):
