@@ -17,9 +17,6 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-Operand = tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]
-"""What :func:`.gemm.dense_product` takes of an activation: operand, tensor scale, down-projection."""
-
 
 def lower(
     x: ir.TensorBox,
@@ -34,8 +31,8 @@ def lower(
     log.debug("svdq::feed_forward %s tokens: %s", first.tokens, reason or "one kernel up to the second operand")
     if reason:
         return linear.lower(_gelu(linear.lower(x, *up, compute_up)), *down, compute_down)
-    (operand,) = second_operands([(first, second)])
-    return launch.reshape(gemm.dense_product(second, *operand), [*second.leading, second.out_features])
+    y = gemm.dense_product(second, *second_operand(first, second))
+    return launch.reshape(y, [*second.leading, second.out_features])
 
 
 def calls(
@@ -70,54 +67,24 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
     return cast(div(wide, add(exp2(exponent), 1.0)), x.get_dtype())
 
 
-def second_operands(streams: Sequence[tuple[Call, Call]]) -> list[Operand]:
-    """What the second linears of one or two streams multiply, by one GEMM of the first ones; as
+def second_operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
+    """Operand, tensor scale and down-projection of the second linear; as
     :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`.
-
-    Returns:
-        Per stream operand, tensor scale and down-projection.
-    """
-    from svdq_kernels import dense
-    from svdq_kernels import feed_forward as kernels
-
-    any_call, _ = streams[0]
-    n = any_call.out_features
-    config = kernels.configuration(max(first.hint for first, _ in streams), n, any_call.capability)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    columns = -(-n // config["BLOCK_N"])
-    arguments = [_arguments(*calls, columns) for calls in streams]
-    constants = {
-        **kernels.numbered(arguments),
-        "N": n,
-        "K": any_call.in_features,
-        "BFLOAT16": any_call.dtype == torch.bfloat16,
-        "TMA": dense.uses_tma(any_call.capability),
-    }
-    grid = [dense.multiprocessors(any_call.device), 1, 1]
-    launch.launch(kernels._gelu_quantize_kernel, grid, constants | config, **options)
-    total = _compat.lowerings[aten.sum.dim_IntList]
-    results = []
-    for own in arguments:
-        slices = own["next_partials_ptr"]
-        down = None if slices is None else total(slices, [0], True)
-        results.append((own["operand_ptr"], own["t_ptr"], down))
-    return results
-
-
-def _arguments(first: Call, second: Call, columns: int) -> dict[str, object]:
-    """What the kernel takes of one stream, by its parameters' names without the stream's number.
-
-    Args:
-        first, second: the linears.
-        columns: in how many parts the second down-projection is summed.
     """
     from svdq_kernels import activation, dense
+    from svdq_kernels import feed_forward as kernels
 
-    m = first.tokens
+    m, n = first.tokens, first.out_features
     x, scale_a, partials = operands.prepare(first, first.plan.operand)
     w, scale_b, factor_b = operands.weight(first, x.get_dtype())
+    config = kernels.configuration(first.hint, n, first.capability)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    tma = dense.uses_tma(first.capability)
+    scale = launch.stored(second.input_scale)
+    result = launch.empty([m, n], torch.float8_e4m3fn, first.device)
+    columns = -(-n // config["BLOCK_N"])
     slices = launch.empty([columns, m, second.rank], torch.float32, first.device) if second.rank else None
-    return {
+    tensors = {
         "x": x,
         "w": w,
         "scale_a_ptr": scale_a,
@@ -126,11 +93,13 @@ def _arguments(first: Call, second: Call, columns: int) -> dict[str, object]:
         "up_ptr": launch.contiguous(first.lora_up) if first.rank else None,
         "bias_ptr": None if first.bias is None else launch.contiguous(first.bias),
         "s_ptr": None if second.pre_quant_scale is None else launch.contiguous(second.pre_quant_scale),
-        "t_ptr": launch.stored(second.input_scale),
+        "t_ptr": scale,
         "down_ptr": launch.contiguous(second.lora_down) if second.rank else None,
-        "operand_ptr": launch.empty([m, first.out_features], torch.float8_e4m3fn, first.device),
+        "operand_ptr": result,
         "next_partials_ptr": slices,
-        "M": m,
+    }
+    sizes = {"M": m, "N": n, "K": first.in_features, "stride_xm": x.get_stride()[0], "stride_wn": w.get_stride()[0]}
+    constants = {
         "PER_TOKEN": first.dynamic,
         "FACTOR_A": first.factor_a,
         "FACTOR_B": factor_b,
@@ -140,4 +109,10 @@ def _arguments(first: Call, second: Call, columns: int) -> dict[str, object]:
         "NEXT_R": second.rank,
         "NEXT_RANK": activation.padded_rank(second.rank),
         "SCALE_FACTOR": second.factor_a,
+        "BFLOAT16": first.dtype == torch.bfloat16,
+        "TMA": tma,
     }
+    grid = [dense.multiprocessors(first.device), 1, 1]
+    launch.launch(kernels._gelu_quantize_kernel, grid, tensors | sizes | constants | config, **options)
+    down = _compat.lowerings[aten.sum.dim_IntList](slices, [0], True) if second.rank else None
+    return result, scale, down

@@ -1,4 +1,7 @@
-"""Inductor's lowering of ``svdq::joint_feed_forward``: two GEMMs, each of both streams, and nothing between them."""
+"""Inductor's lowering of ``svdq::joint_feed_forward``: the second GEMMs of both streams are one launch.
+
+The first ones are a launch each: in one they were measured to be slower (docs/design.md).
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,15 @@ def lower(
     streams = [feed_forward.calls(*layer, compute_up, compute_down) for layer in layers]
     reasons = [separate(up.plan, down.plan, down.facts, down.dynamic) for up, down in streams]
     tokens = [up.tokens for up, _ in streams]
-    log.debug("svdq::joint_feed_forward %s tokens: %s", tokens, reasons if any(reasons) else "two kernels for both")
+    log.debug(
+        "svdq::joint_feed_forward %s tokens: %s",
+        tokens,
+        reasons if any(reasons) else "the second linears in one kernel",
+    )
     if any(reasons):
         add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
         results = [feed_forward.lower(*layer, compute_up, compute_down) for layer in layers]
         one, two = (add(each, mul(factor, y)) for each, factor, y in zip(residual, gate, results, strict=True))
         return one, two
-    return residual_product([down for _, down in streams], feed_forward.second_operands(streams), residual, gate)
+    prepared = [feed_forward.second_operand(*calls) for calls in streams]
+    return residual_product([down for _, down in streams], prepared, residual, gate)

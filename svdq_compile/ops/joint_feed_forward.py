@@ -1,8 +1,8 @@
 """``svdq::joint_feed_forward``: feed-forward layers of two streams, each added to its stream's residual, as the passes
 put them into compiled graphs.
 
-Where the first linear of a layer can finish the operand of its second one, each of the two is one launch for both
-streams: the tiles of a short stream fill multiprocessors that the last wave of the long one leaves idle.
+Where the first linears can finish the operands of the second ones, these are one launch for both streams: the tiles of
+a short stream fill multiprocessors that the last wave of the long one leaves idle.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The feed-forward layers of two streams, and the residuals they are added to, become ``svdq::joint_feed_forward``.
 
-Its lowering computes each linear of both streams in one launch, where a short stream costs next to nothing.
+Its lowering computes the second linears of both streams in one launch, where a short stream costs next to nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Stream:
         return [value_of(self.x).shape[-1], *(value_of(parts[0]).shape[0] for parts in self.linears)]
 
 
-@graph_pass("each linear of two streams' feed-forward layers is one launch, the second finishes their residuals")
+@graph_pass("the second linears of two streams' feed-forward layers are one launch, which finishes their residuals")
 def joint_feed_forward(gm: fx.GraphModule) -> Report:
     """Rewrites a graph in which feed-forward layers are ``svdq::feed_forward`` already.
 

@@ -11,10 +11,11 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from svdq_kernels import dense, feed_forward, fp4, heads
+from svdq_kernels import dense, fp4, heads
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
+from svdq_kernels.feed_forward import multiply_gelu_quantize
 from svdq_kernels.gemv import multiply_few
 from svdq_kernels.projection import sum_partials
 from svdq_kernels.residual import multiply_residual
@@ -30,10 +31,6 @@ def prepare_modulated(x, s, t, down, operand, *modulation):
 def multiply_heads(first, second, out, eps):
     heads.multiply_heads(first, second, out, eps)
     return out
-
-
-def multiply_gelu_quantize(streams, dtype):
-    return feed_forward.multiply_gelu_quantize([feed_forward.Stream(*stream) for stream in streams], dtype)
 
 
 LAUNCHERS = {

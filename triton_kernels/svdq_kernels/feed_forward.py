@@ -1,4 +1,4 @@
-"""The first GEMM of one or two feed-forward layers, finished as the operands of their second ones.
+"""The first GEMM of a feed-forward layer, finished as the operand of the second.
 
     y        = (x_q @ w_q.T) * (scale_a * scale_b) + h @ L1.T + bias
     x_hat    = gelu(y) * s                  gelu and the product rounded to 16 bits each
@@ -7,16 +7,13 @@
 
 s, a and L2 belong to the second linear. gelu(y), [M, N] in 16 bits, is never written: the tile that holds it smooths,
 quantises and projects it, so the second linear needs no activation kernel.
-
-Two layers of the same sizes, for two streams of tokens, are one launch: the second's tiles go to the programs that the
-first one's last wave leaves idle.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import dense, residual
+from . import dense
 from .activation import check_scales, padded_rank, smooth
 from .dense import column_parts, dense_tile, tile_origin
 
@@ -88,8 +85,7 @@ def quantize_tile(
 
 
 @triton.jit
-def gelu_quantize_tiles(
-    start,
+def _gelu_quantize_kernel(
     x,
     w,
     scale_a_ptr,
@@ -105,6 +101,8 @@ def gelu_quantize_tiles(
     M,
     N,
     K,
+    stride_xm,
+    stride_wn,
     PER_TOKEN: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
@@ -121,24 +119,19 @@ def gelu_quantize_tiles(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """This program's tiles of one stream, the first of which is number ``start``.
+    """The operand [M, N] and partials [ceil(N / BLOCK_N), M, NEXT_R] of the second linear.
 
     Args:
         x: x_q [M, K], e4m3 and contiguous; w: w_q [N, K], likewise.
-        next_partials_ptr: [ceil(N / BLOCK_N), M, NEXT_R].
         TMA: whether tiles are loaded by tensor descriptors.
         The rest: as in :func:`svdq_kernels.dense._dense_kernel` and :func:`quantize_tile`.
-
-    Returns:
-        The program's next tile, counted from the first one of a stream behind this.
     """
     if TMA:
-        x = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-        w = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        x = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+        w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
     HALF: tl.constexpr = BLOCK_N // 2
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    # What LLVM would move ahead of the tiles, a tile of sums leaves no registers for.
-    for tile in tl.range(start, tiles, tl.num_programs(0), num_stages=1, disable_licm=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = dense_tile(
             x,
@@ -153,8 +146,8 @@ def gelu_quantize_tiles(
             M,
             N,
             K,
-            K,
-            K,
+            stride_xm,
+            stride_wn,
             PER_TOKEN,
             FACTOR_A,
             FACTOR_B,
@@ -192,138 +185,6 @@ def gelu_quantize_tiles(
             where = ((origin_n // BLOCK_N).to(tl.int64) * M + offs_m)[:, None] * NEXT_R + offs_r[None, :]
             mask_h = (offs_m < M)[:, None] & (offs_r < NEXT_R)[None, :]
             tl.store(next_partials_ptr + where, h, mask=mask_h)
-    return start + tl.cdiv(max(tiles - start, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
-
-
-@triton.jit
-def _gelu_quantize_kernel(
-    x0,
-    x1,
-    w0,
-    w1,
-    scale_a0_ptr,
-    scale_a1_ptr,
-    scale_b0_ptr,
-    scale_b1_ptr,
-    partials0_ptr,
-    partials1_ptr,
-    up0_ptr,
-    up1_ptr,
-    bias0_ptr,
-    bias1_ptr,
-    s0_ptr,
-    s1_ptr,
-    t0_ptr,
-    t1_ptr,
-    down0_ptr,
-    down1_ptr,
-    operand0_ptr,
-    operand1_ptr,
-    next_partials0_ptr,
-    next_partials1_ptr,
-    M0,
-    M1,
-    N,
-    K,
-    PER_TOKEN0: tl.constexpr,
-    PER_TOKEN1: tl.constexpr,
-    FACTOR_A0: tl.constexpr,
-    FACTOR_A1: tl.constexpr,
-    FACTOR_B0: tl.constexpr,
-    FACTOR_B1: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
-    SPLITS0: tl.constexpr,
-    SPLITS1: tl.constexpr,
-    CHUNK0: tl.constexpr,
-    CHUNK1: tl.constexpr,
-    NEXT_R0: tl.constexpr,
-    NEXT_R1: tl.constexpr,
-    NEXT_RANK0: tl.constexpr,
-    NEXT_RANK1: tl.constexpr,
-    SCALE_FACTOR0: tl.constexpr,
-    SCALE_FACTOR1: tl.constexpr,
-    STREAMS: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """Operands and partials of one or two streams' second linears.
-
-    Args:
-        STREAMS: 1 or 2; of 1, arguments with the number 1 are None.
-        The rest: as in :func:`gelu_quantize_tiles`, per stream with its number.
-    """
-    start = gelu_quantize_tiles(
-        tl.program_id(0),
-        x0,
-        w0,
-        scale_a0_ptr,
-        scale_b0_ptr,
-        partials0_ptr,
-        up0_ptr,
-        bias0_ptr,
-        s0_ptr,
-        t0_ptr,
-        down0_ptr,
-        operand0_ptr,
-        next_partials0_ptr,
-        M0,
-        N,
-        K,
-        PER_TOKEN0,
-        FACTOR_A0,
-        FACTOR_B0,
-        R0,
-        SPLITS0,
-        CHUNK0,
-        NEXT_R0,
-        NEXT_RANK0,
-        SCALE_FACTOR0,
-        BFLOAT16,
-        TMA,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        GROUP_M,
-    )
-    if STREAMS > 1:
-        gelu_quantize_tiles(
-            start,
-            x1,
-            w1,
-            scale_a1_ptr,
-            scale_b1_ptr,
-            partials1_ptr,
-            up1_ptr,
-            bias1_ptr,
-            s1_ptr,
-            t1_ptr,
-            down1_ptr,
-            operand1_ptr,
-            next_partials1_ptr,
-            M1,
-            N,
-            K,
-            PER_TOKEN1,
-            FACTOR_A1,
-            FACTOR_B1,
-            R1,
-            SPLITS1,
-            CHUNK1,
-            NEXT_R1,
-            NEXT_RANK1,
-            SCALE_FACTOR1,
-            BFLOAT16,
-            TMA,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            GROUP_M,
-        )
 
 
 MAX_RANK = 64
@@ -331,126 +192,80 @@ MAX_RANK = 64
 
 
 def configuration(m: int, n: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Constants of the kernel, ``num_warps`` and ``num_stages``; m, of the larger stream, may be a hint."""
+    """Constants of the kernel, ``num_warps`` and ``num_stages``; m may be a hint."""
     return dense.configurations(m, n, 1, capability)[0]
 
 
-def numbered(streams: list[dict[str, object]]) -> dict[str, object]:
-    """What a kernel of one or two streams takes of each, by its parameters' names: with the stream's number."""
-    both = [*streams, dict.fromkeys(streams[0])][:2]
-    return residual.numbered(both) | {"STREAMS": len(streams)}
-
-
-class Stream:
-    """The first linear's operands of one stream, and what of the second linear makes its operand.
-
-    Args:
-        x_q, w_q: float8_e4m3fn [M, K] and [N, K], contiguous.
-        scale_a, scale_b, partials, lora_up, bias: as in :func:`svdq_kernels.dense.multiply`.
-        pre_quant_scale: s [N] of the second linear, or None.
-        input_scale: t of the second linear, float32, one value; its operand is divided by ``scale_factor * t``.
-        lora_down: L2 [R, N] of the second linear, R at most :data:`MAX_RANK`, or None.
-        factor_a, factor_b: as in :func:`svdq_kernels.dense.multiply`.
-        scale_factor: see ``input_scale``.
-    """
-
-    def __init__(
-        self,
-        x_q: torch.Tensor,
-        w_q: torch.Tensor,
-        scale_a: torch.Tensor | None,
-        scale_b: torch.Tensor,
-        partials: torch.Tensor | None,
-        lora_up: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        pre_quant_scale: torch.Tensor | None,
-        input_scale: torch.Tensor,
-        lora_down: torch.Tensor | None,
-        factor_a: float = 1.0,
-        factor_b: float = 1.0,
-        scale_factor: float = 1.0,
-    ):
-        self.x_q, self.w_q = x_q, w_q
-        self.finish = (scale_a, scale_b, partials, lora_up, bias)
-        self.factors = (factor_a, factor_b)
-        self.pre_quant_scale, self.input_scale, self.lora_down = pre_quant_scale, input_scale, lora_down
-        self.scale_factor = scale_factor
-        self.next_rank = 0 if lora_down is None else lora_down.shape[0]
-
-    def arguments(self, operand: torch.Tensor, slices: torch.Tensor | None) -> dict[str, object]:
-        """What the kernel takes of the stream; the results are written to operand and slices."""
-        tile = dense.tile_arguments(self.x_q, self.w_q, *self.finish, *self.factors)
-        return {
-            "x": self.x_q,
-            "w": self.w_q,
-            **{name: value for name, value in tile.items() if name not in ("N", "K", "stride_xm", "stride_wn")},
-            "s_ptr": self.pre_quant_scale,
-            "t_ptr": self.input_scale,
-            "down_ptr": self.lora_down.contiguous() if self.next_rank else None,
-            "operand_ptr": operand,
-            "next_partials_ptr": slices,
-            "NEXT_R": self.next_rank,
-            "NEXT_RANK": padded_rank(self.next_rank),
-            "SCALE_FACTOR": self.scale_factor,
-        }
-
-
-def multiply_gelu_quantize(streams: list[Stream], dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def multiply_gelu_quantize(
+    x_q: torch.Tensor,
+    w_q: torch.Tensor,
+    scale_a: torch.Tensor | None,
+    scale_b: torch.Tensor,
+    partials: torch.Tensor | None,
+    lora_up: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pre_quant_scale: torch.Tensor | None,
+    input_scale: torch.Tensor,
+    lora_down: torch.Tensor | None,
+    dtype: torch.dtype,
+    factor_a: float = 1.0,
+    factor_b: float = 1.0,
+    scale_factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Operand and down-projection of ``gelu(y)``, for y as :func:`svdq_kernels.dense.multiply` computes it.
 
     Args:
-        streams: one or two, of the same N and K.
+        x_q, w_q: float8_e4m3fn [M, K] and [N, K], contiguous.
+        scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b: as in :func:`svdq_kernels.dense.multiply`.
+        pre_quant_scale: s [N] of the second linear, or None.
+        input_scale: t of the second linear, float32, one value; its operand is divided by ``scale_factor * t``.
+        lora_down: L2 [R, N] of the second linear, R at most :data:`MAX_RANK`, or None.
         dtype: bfloat16 or float16, what gelu(y) and x_hat are rounded to.
 
     Returns:
-        Per stream the operand, float8_e4m3fn [M, N], contiguous, and partials, float32 [1, M, R] or None.
+        The operand, float8_e4m3fn [M, N], contiguous. Partials float32 [1, M, R], or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    check(streams, dtype)
-    device, (n, k) = streams[0].x_q.device, streams[0].w_q.shape
-    capability = torch.cuda.get_device_capability(device)
-    rows = [stream.x_q.shape[0] for stream in streams]
-    config = configuration(max(rows), n, capability)
-    columns = triton.cdiv(n, config["BLOCK_N"])
-    tiles = columns * sum(triton.cdiv(m, config["BLOCK_M"]) for m in rows)
-    results = []
-    for stream, m in zip(streams, rows, strict=True):
-        size = (columns, m, stream.next_rank)
-        slices = torch.empty(size, dtype=torch.float32, device=device) if stream.next_rank else None
-        results.append((torch.empty(m, n, dtype=torch.float8_e4m3fn, device=device), slices))
-    if tiles:
-        with torch.cuda.device_of(streams[0].x_q):
-            triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-            _gelu_quantize_kernel[(min(tiles, dense.multiprocessors(device)),)](
-                **numbered([stream.arguments(*out) for stream, out in zip(streams, results, strict=True)]),
-                N=n,
-                K=k,
+    m, n = x_q.shape[0], w_q.shape[0]
+    dense.check(x_q, w_q, scale_a, scale_b, partials, lora_up, bias)
+    check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype)
+    capability = torch.cuda.get_device_capability(x_q.device)
+    config = configuration(m, n, capability)
+    next_rank = 0 if lora_down is None else lora_down.shape[0]
+    columns, rows = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
+    operand = torch.empty(m, n, dtype=torch.float8_e4m3fn, device=x_q.device)
+    slices = torch.empty(columns, m, next_rank, dtype=torch.float32, device=x_q.device) if next_rank else None
+    if operand.numel():
+        with torch.cuda.device_of(x_q):
+            triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=x_q.device))
+            _gelu_quantize_kernel[(min(columns * rows, dense.multiprocessors(x_q.device)),)](
+                x_q,
+                w_q,
+                **dense.tile_arguments(x_q, w_q, scale_a, scale_b, partials, lora_up, bias, factor_a, factor_b),
+                s_ptr=pre_quant_scale,
+                t_ptr=input_scale,
+                down_ptr=lora_down.contiguous() if next_rank else None,
+                operand_ptr=operand,
+                next_partials_ptr=slices,
+                NEXT_R=next_rank,
+                NEXT_RANK=padded_rank(next_rank),
+                SCALE_FACTOR=scale_factor,
                 BFLOAT16=dtype == torch.bfloat16,
                 TMA=dense.uses_tma(capability),
                 **config,
             )
-    return [(operand, None if slices is None else slices.sum(0, keepdim=True)) for operand, slices in results]
+    return operand, slices.sum(0, keepdim=True) if next_rank else None
 
 
-def check(streams: list[Stream], dtype: torch.dtype) -> None:
-    """Raises ValueError unless the arguments of :func:`multiply_gelu_quantize` fit together."""
-    if len(streams) not in (1, 2) or any(each.w_q.shape != streams[0].w_q.shape for each in streams):
-        raise ValueError("needs one stream, or two with weights of one shape")
-    for each in streams:
-        dense.check(each.x_q, each.w_q, *each.finish)
-        check_second(each, dtype)
-
-
-def check_second(stream: Stream, dtype: torch.dtype) -> None:
-    """Raises ValueError unless what a stream holds of the second linear fits."""
-    n, lora_down = stream.w_q.shape[0], stream.lora_down
-    if stream.x_q.dtype != torch.float8_e4m3fn or dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"operands are {stream.x_q.dtype}, activations {dtype}, needs e4m3 and a 16-bit float")
+def check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype) -> None:
+    """Raises ValueError unless the second linear's arguments of :func:`multiply_gelu_quantize` fit."""
+    if x_q.dtype != torch.float8_e4m3fn or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"operands are {x_q.dtype}, activations {dtype}, needs e4m3 and a 16-bit float")
     if n % 16:
         raise ValueError(f"the second linear has {n} columns, needs a multiple of 16")
-    check_scales(n, stream.pre_quant_scale, stream.input_scale)
+    check_scales(n, pre_quant_scale, input_scale)
     if lora_down is not None:
         if lora_down.shape[1:] != (n,) or lora_down.dtype != dtype:
             raise ValueError(f"lora_down is {lora_down.dtype} {tuple(lora_down.shape)}, needs {dtype} (R, {n})")
