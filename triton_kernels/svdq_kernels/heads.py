@@ -337,7 +337,8 @@ def configuration(m: int, n: int, head_dim: int, capability: tuple[int, int]) ->
     chosen = next(config for config in choices if config["BLOCK_N"] % head_dim == 0)
     if chosen["BLOCK_N"] == 256:
         chosen["num_stages"] = STAGES
-    return chosen
+    # Tiles are walked member by member.
+    return chosen | {"GROUP_M": dense.configurations(m, n, 1, capability)[0]["GROUP_M"]}
 
 
 def multiply_heads(first: dict[str, object], second: dict[str, object], out: list[torch.Tensor], eps: float) -> None:
