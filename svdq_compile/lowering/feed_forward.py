@@ -26,15 +26,26 @@ def lower(
     compute_down: str = "auto",
 ) -> ir.TensorBox:
     """The nodes of one call; arguments as the operator's. Linears that must be apart are lowered one by one."""
-    first = Call(x, *up, compute_up)
-    between = Unwritten((*first.leading, first.out_features), first.dtype, first.device)
-    second = Call(between, *down, compute_down)
+    first, second = calls(x, up, down, compute_up, compute_down)
     reason = separate(first.plan, second.plan, second.facts, second.dynamic)
     log.debug("svdq::feed_forward %s tokens: %s", first.tokens, reason or "one kernel up to the second operand")
     if reason:
         return linear.lower(_gelu(linear.lower(x, *up, compute_up)), *down, compute_down)
-    y = gemm.dense_product(second, *_operand(first, second))
+    y = gemm.dense_product(second, *second_operand(first, second))
     return launch.reshape(y, [*second.leading, second.out_features])
+
+
+def calls(
+    x: ir.TensorBox,
+    up: Sequence[ir.TensorBox | None],
+    down: Sequence[ir.TensorBox | None],
+    compute_up: str,
+    compute_down: str,
+) -> tuple[Call, Call]:
+    """The two linears; arguments as the operator's."""
+    first = Call(x, *up, compute_up)
+    between = Unwritten((*first.leading, first.out_features), first.dtype, first.device)
+    return first, Call(between, *down, compute_down)
 
 
 def _gelu(x: ir.TensorBox) -> ir.TensorBox:
@@ -56,7 +67,7 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
     return cast(div(wide, add(exp2(exponent), 1.0)), x.get_dtype())
 
 
-def _operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
+def second_operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
     """Operand, tensor scale and down-projection of the second linear; as
     :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`.
     """

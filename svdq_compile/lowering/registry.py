@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator
 
 from .. import _compat
 from ..ops.feed_forward import feed_forward as feed_forward_operator
+from ..ops.joint_feed_forward import joint_feed_forward as joint_feed_forward_operator
 from ..ops.joint_heads import joint_heads as joint_heads_operator
 from ..ops.joint_linear import joint_linear as joint_linear_operator
 from ..ops.linear import linear as linear_operator
 from ..ops.linear_group import linear_group as linear_group_operator
 from ..ops.modulated_norm import modulated_norm as modulated_norm_operator
-from . import feed_forward, group, joint_heads, joint_linear, linear, modulated_norm
+from . import feed_forward, group, joint_feed_forward, joint_heads, joint_linear, linear, modulated_norm
 from .reductions import rows_in_registers
 
 LOWERINGS = {
     linear_operator: linear.lower,
     linear_group_operator: group.lower,
     feed_forward_operator: feed_forward.lower,
+    joint_feed_forward_operator: joint_feed_forward.lower,
     modulated_norm_operator: modulated_norm.lower,
     joint_heads_operator: joint_heads.lower,
     joint_linear_operator: joint_linear.lower,

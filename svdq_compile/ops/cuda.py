@@ -26,22 +26,25 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def plan_call(x, qweight, input_scale, lora_down, compute: str, tokens: int | None = None) -> Plan:
-    """The plan of one call; arguments as ``svdq::linear``'s, and as :attr:`Facts.tokens` where x's own are symbolic."""
-    return plan(
-        Facts(
-            mode=resolved(x, qweight, compute),
-            capability=capability(x.device),
-            native=has_native_fp4(x.device),
-            weight=qweight.dtype,
-            activation=x.dtype,
-            in_features=x.shape[-1],
-            tokens=x.numel() // max(1, x.shape[-1]) if tokens is None else tokens,
-            rank=0 if lora_down is None else lora_down.shape[0],
-            low_rank=None if lora_down is None else lora_down.dtype,
-            scale_is_one_value=input_scale is None or (input_scale.numel() == 1 and input_scale.device == x.device),
-        )
+def call_facts(x, qweight, input_scale, lora_down, compute: str, tokens: int | None = None) -> Facts:
+    """Of one call; arguments as ``svdq::linear``'s, and as :attr:`Facts.tokens` where x's own are symbolic."""
+    return Facts(
+        mode=resolved(x, qweight, compute),
+        capability=capability(x.device),
+        native=has_native_fp4(x.device),
+        weight=qweight.dtype,
+        activation=x.dtype,
+        in_features=x.shape[-1],
+        tokens=x.numel() // max(1, x.shape[-1]) if tokens is None else tokens,
+        rank=0 if lora_down is None else lora_down.shape[0],
+        low_rank=None if lora_down is None else lora_down.dtype,
+        scale_is_one_value=input_scale is None or (input_scale.numel() == 1 and input_scale.device == x.device),
     )
+
+
+def plan_call(*arguments) -> Plan:
+    """The plan of one call; arguments as :func:`call_facts`'s."""
+    return plan(call_facts(*arguments))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .. import _compat
 from ..ops.feed_forward import feed_forward
+from ..ops.joint_feed_forward import joint_feed_forward
 from ..ops.joint_heads import joint_heads
 from ..ops.joint_linear import joint_linear
 from ..ops.linear import linear
 from ..ops.linear_group import linear_group
+from ..ops.plan import GEMV_TOKENS, MANY
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +90,11 @@ def value_of(node: object) -> object:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def tokens_of(x: torch.Tensor) -> int:
+    """As :attr:`.Facts.tokens`; which side of the line a symbolic size is on must hold for every later call."""
+    return GEMV_TOKENS if guard_or_false(math.prod(x.shape[:-1]) <= GEMV_TOKENS) else MANY
+
+
 def calls(node: object, functions: Collection[Callable], *methods: str) -> bool:
     """Whether a node calls one of these functions or methods."""
     if not isinstance(node, fx.Node):
@@ -124,7 +134,7 @@ class SourceKeyed(_compat.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         if self._previous is not None:
             self._previous(graph)
-        ours = (linear, linear_group, feed_forward, joint_heads, joint_linear)
+        ours = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads, joint_linear)
         found = {op: len(graph.find_nodes(op="call_function", target=op)) for op in ours}
         log.debug("%d linears reached Inductor as %s", self._expected, found)
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import operator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..ops.cuda import capability, plan_call
 from ..ops.joint_heads import MEMBERS, PARTS, stream_of
 from ..ops.joint_heads import joint_heads as joint_heads_operator
 from ..ops.linear_group import linear_group
-from ..ops.plan import GEMV_TOKENS, MANY, Plan, apart
-from .base import Report, calls, graph_pass, insert, value_of
+from ..ops.plan import MANY, Plan, apart
+from .base import Report, calls, graph_pass, insert, tokens_of, value_of
 from .heads import Heads, OtherHeads, read_heads
 from .purity import mutates
 from .real_rope import real_form
@@ -162,19 +161,13 @@ def _declined(joint: Joint) -> str | None:
         return slower[0] if slower else apart(plans, value.shape[-1], capability(value.device))
 
     # The guard on a symbolic size is for what depends on it.
-    return reason([MANY, MANY]) or reason([_tokens(group) for group in joint.groups])
+    return reason([MANY, MANY]) or reason([tokens_of(value_of(group["x"])) for group in joint.groups])
 
 
 def _plan(group: dict[str, object], tokens: int) -> Plan:
     """The plan of a group's linears."""
     x, lora_down, input_scale = (value_of(group[name]) for name in ("x", "lora_down", "input_scale"))
     return plan_call(x, value_of(group["qweight"][0]), input_scale, lora_down, group["compute"], tokens)
-
-
-def _tokens(group: dict[str, object]) -> int:
-    """As :attr:`Facts.tokens`; which side of the line a symbolic size is on must hold for every later call."""
-    few = guard_or_false(math.prod(value_of(group["x"]).shape[:-1]) <= GEMV_TOKENS)
-    return GEMV_TOKENS if few else MANY
 
 
 def _common_eps(joint: Joint) -> float | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import operator
 
 from torch import fx
@@ -18,8 +17,8 @@ from ..ops.cuda import capability, plan_call
 from ..ops.joint_linear import PARTS
 from ..ops.joint_linear import joint_linear as joint_linear_operator
 from ..ops.linear import linear
-from ..ops.plan import GEMV_TOKENS, MANY, Plan, in_turn
-from .base import Report, calls, graph_pass, insert, value_of
+from ..ops.plan import MANY, Plan, in_turn
+from .base import Report, calls, graph_pass, insert, tokens_of, value_of
 from .purity import mutates
 from .residual import Gated, OtherUse, read_gated
 
@@ -130,18 +129,12 @@ def _declined(first: Stream, second: Stream) -> str | None:
         return slower[0] if slower else in_turn(plans, capability(value_of(first.x).device))
 
     # The guard on a symbolic size is for what depends on it.
-    return reason([MANY, MANY]) or reason([_tokens(stream) for stream in streams])
+    return reason([MANY, MANY]) or reason([tokens_of(value_of(stream.x)) for stream in streams])
 
 
 def _plan(stream: Stream, tokens: int) -> Plan:
     qweight, _, _, input_scale, _, lora_down, *_ = map(value_of, stream.parts)
     return plan_call(value_of(stream.x), qweight, input_scale, lora_down, stream.compute, tokens)
-
-
-def _tokens(stream: Stream) -> int:
-    """As :attr:`Facts.tokens`; which side of the line a symbolic size is on must hold for every later call."""
-    few = guard_or_false(math.prod(value_of(stream.x).shape[:-1]) <= GEMV_TOKENS)
-    return GEMV_TOKENS if few else MANY
 
 
 def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:

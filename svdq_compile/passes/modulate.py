@@ -14,14 +14,18 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..ops.feed_forward import feed_forward
+from ..ops.joint_feed_forward import joint_feed_forward
 from ..ops.joint_heads import joint_heads
 from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 from ..ops.modulated_norm import modulated_norm
 from .base import Report, graph_pass, value_of
 
-READERS = (linear, linear_group, feed_forward, joint_heads)
+READERS = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads)
 """Operators whose activation kernel may normalise what it reads."""
+
+OF_STREAMS = (joint_feed_forward, joint_heads)
+"""Those that read several activations."""
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -37,7 +41,7 @@ def modulate(gm: fx.GraphModule) -> Report:
     matched: list[str] = []
     left: list[tuple[str, str]] = []
     readers = [node for target in READERS for node in gm.graph.find_nodes(op="call_function", target=target)]
-    inputs = {x for node in readers for x in (node.args[0] if node.target is joint_heads else node.args[:1])}
+    inputs = {x for node in readers for x in (node.args[0] if node.target in OF_STREAMS else node.args[:1])}
     for node in [node for node in gm.graph.nodes if node in inputs]:
         found = _parts(node)
         if found is None:

@@ -12,6 +12,7 @@ from .attention_layout import attention_layout
 from .base import GraphPass, Report
 from .fuse_feed_forward import fuse_feed_forward
 from .insert_linear import insert_linear
+from .joint_feed_forward import joint_feed_forward
 from .joint_heads import joint_heads
 from .joint_linear import joint_linear
 from .modulate import modulate
@@ -28,6 +29,7 @@ PASSES: tuple[GraphPass, ...] = (
     joint_linear,
     real_rope,
     fuse_feed_forward,
+    joint_feed_forward,
     modulate,
 )
 

@@ -1,0 +1,53 @@
+"""Inductor's lowering of ``svdq::joint_feed_forward``: the second GEMMs of both streams are one launch.
+
+The first ones are a launch each: in one they were measured to be slower (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .. import _compat
+from .._compat import ir
+from ..ops.plan import separate
+from . import feed_forward
+from .joint_linear import residual_product
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+Tensor = ir.TensorBox
+
+
+def lower(
+    x: Sequence[Tensor],
+    first_up: Sequence[Tensor | None],
+    first_down: Sequence[Tensor | None],
+    second_up: Sequence[Tensor | None],
+    second_down: Sequence[Tensor | None],
+    residual: Sequence[Tensor],
+    gate: Sequence[Tensor],
+    compute_up: str = "auto",
+    compute_down: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The nodes of one call; arguments as the operator's. Streams that must be apart are lowered one by one."""
+    layers = (x[0], first_up, first_down), (x[1], second_up, second_down)
+    streams = [feed_forward.calls(*layer, compute_up, compute_down) for layer in layers]
+    reasons = [separate(up.plan, down.plan, down.facts, down.dynamic) for up, down in streams]
+    tokens = [up.tokens for up, _ in streams]
+    log.debug(
+        "svdq::joint_feed_forward %s tokens: %s",
+        tokens,
+        reasons if any(reasons) else "the second linears in one kernel",
+    )
+    if any(reasons):
+        add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
+        results = [feed_forward.lower(*layer, compute_up, compute_down) for layer in layers]
+        one, two = (add(each, mul(factor, y)) for each, factor, y in zip(residual, gate, results, strict=True))
+        return one, two
+    prepared = [feed_forward.second_operand(*calls) for calls in streams]
+    return residual_product([down for _, down in streams], prepared, residual, gate)

@@ -1,0 +1,166 @@
+"""The feed-forward layers of two streams, and the residuals they are added to, become ``svdq::joint_feed_forward``.
+
+Its lowering computes the second linears of both streams in one launch, where a short stream costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..ops.cuda import call_facts
+from ..ops.feed_forward import feed_forward
+from ..ops.joint_feed_forward import joint_feed_forward as joint_feed_forward_operator
+from ..ops.plan import MANY, plan, separate
+from ..spec import COMPONENTS
+from .base import Report, graph_pass, insert, tokens_of, value_of
+from .purity import mutates
+from .residual import Gated, OtherUse, read_gated
+
+PARTS = (*COMPONENTS, "bias")
+"""What a layer's lists hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A feed-forward layer of one of the streams, and what its result is added to."""
+
+    node: fx.Node
+    gated: Gated
+
+    @property
+    def x(self) -> fx.Node:
+        return self.node.args[0]
+
+    @property
+    def linears(self) -> tuple[list[fx.Node | None], ...]:
+        """Components and bias of both."""
+        return tuple(self.node.args[1:3])
+
+    @property
+    def compute(self) -> tuple[str, ...]:
+        """Of both."""
+        return tuple(self.node.args[3:])
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """All that the sum is computed from."""
+        return [*self.node.all_input_nodes, self.gated.gate, self.gated.residual]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of x, of what is between the linears, and of the result."""
+        return [value_of(self.x).shape[-1], *(value_of(parts[0]).shape[0] for parts in self.linears)]
+
+
+@graph_pass("the second linears of two streams' feed-forward layers are one launch, which finishes their residuals")
+def joint_feed_forward(gm: fx.GraphModule) -> Report:
+    """Rewrites a graph in which feed-forward layers are ``svdq::feed_forward`` already.
+
+    Each is paired with the one behind it. Left are those that cannot be, but for the last.
+
+    Args:
+        gm: Dynamo's graph.
+    """
+    matched: list[str] = []
+    left: list[tuple[str, str]] = []
+    waiting: fx.Node | None = None
+    for node in gm.graph.find_nodes(op="call_function", target=feed_forward):
+        if waiting is None:
+            waiting = node
+            continue
+        try:
+            first, second = (Stream(each, read_gated(each)) for each in (waiting, node))
+        except OtherUse as error:
+            reason = str(error)
+        else:
+            order = {each: position for position, each in enumerate(gm.graph.nodes)}
+            reason = _reason_against(first, second, order) or _declined(first, second)
+        if reason:
+            left.append((waiting.name, reason))
+            waiting = node
+        else:
+            matched.append(_join(gm.graph, first, second, order))
+            waiting = None
+    return Report("joint_feed_forward", tuple(matched), tuple(left))
+
+
+def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) -> str | None:
+    """Why the rewritten graph could compute something else, or None.
+
+    Args:
+        first, second: what is to be rewritten.
+        order: position of each node in the graph.
+    """
+    streams = (first, second)
+    if first.compute != second.compute:
+        return f"{second.node.name} computes as {second.compute}, it as {first.compute}"
+    x, y = (value_of(stream.x) for stream in streams)
+    same_kind = (x.dtype, x.device) == (y.dtype, y.device)
+    if not same_kind or first.sizes != second.sizes or not guard_or_false(x.shape[0] == y.shape[0]):
+        return f"{second.node.name} has another dtype, device, batch or features"
+    if any(value_of(stream.gated.total).requires_grad for stream in streams):
+        return "gradients flow through it, which the operator has none of"
+    if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
+        return f"{second.node.name} or its sum depends on it"
+    ready = max(order[node] for stream in streams for node in stream.read)
+    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
+        return f"its result is read before {second.node.name} can be computed"
+    ours = [order[node] for stream in streams for node in stream.gated.nodes]
+    begin, end = min(*ours, ready), max(*ours, ready)
+    if any(begin <= order[node] <= end for node in order if mutates(node)):
+        return f"a tensor is written to between it and {second.gated.total.name}"
+    return None
+
+
+def _declined(*streams: Stream) -> str | None:
+    """Why no kernel of ours computes them in one."""
+
+    def reason(tokens: list[int]) -> str | None:
+        each = [_separate(stream, count) for stream, count in zip(streams, tokens, strict=True)]
+        return next((why for why in each if why), None)
+
+    # The guard on a symbolic size is for what depends on it.
+    return reason([MANY] * len(streams)) or reason([tokens_of(value_of(stream.x)) for stream in streams])
+
+
+def _separate(stream: Stream, tokens: int) -> str | None:
+    """Why a layer's linears are computed apart."""
+    x = value_of(stream.x)
+    up, down = (dict(zip(PARTS, map(value_of, parts), strict=True)) for parts in stream.linears)
+    hidden = x.new_empty((*x.shape[:-1], up["qweight"].shape[0]))
+    first, second = (
+        call_facts(read, parts["qweight"], parts["input_scale"], parts["lora_down"], mode, tokens)
+        for read, parts, mode in zip((x, hidden), (up, down), stream.compute, strict=True)
+    )
+    return separate(plan(first), plan(second), second, down["input_scale"] is None)
+
+
+def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
+    """Puts the operator behind all it reads, in the place of the sums, and returns its name."""
+    streams = (first, second)
+    placeholders = graph.find_nodes(op="placeholder")
+    after = max((*placeholders, *(node for stream in streams for node in stream.read)), key=order.get)
+    with graph.inserting_after(after):
+        new = insert(
+            graph,
+            joint_feed_forward_operator,
+            [stream.x for stream in streams],
+            *first.linears,
+            *second.linears,
+            [stream.gated.residual for stream in streams],
+            [stream.gated.gate for stream in streams],
+            *first.compute,
+        )
+    with graph.inserting_before(new.next):
+        results = [insert(graph, operator.getitem, new, index) for index in range(len(streams))]
+    for stream, result in zip(streams, results, strict=True):
+        total = stream.gated.total
+        result.meta = dict(total.meta) | {"example_value": result.meta["example_value"]}
+        total.replace_all_uses_with(result)
+        for node in reversed(stream.gated.nodes):
+            graph.erase_node(node)
+    return new.name
