@@ -102,13 +102,15 @@ def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) ->
         order: position of each node in the graph.
     """
     streams = (first, second)
-    one, two = (value_of(stream.gated.total) for stream in streams)
+    y, z = (value_of(stream.gated.total) for stream in streams)
     if first.compute != second.compute:
         return f"the streams compute as {' and '.join(sorted((first.compute, second.compute)))}"
-    if one.dtype is not two.dtype or one.shape[2] != two.shape[2] or not guard_or_false(one.shape[0] == two.shape[0]):
+    if y.dtype is not z.dtype or y.shape[2] != z.shape[2] or not guard_or_false(y.shape[0] == z.shape[0]):
         return "the streams' results differ in dtype, batch or features"
     if any(value_of(stream.gated.total).requires_grad for stream in streams):
         return "gradients flow through it, which the operator has none of"
+    if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
+        return "one stream's sum depends on the other's"
     ready = max(order[node] for stream in streams for node in stream.read)
     if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
         return "one stream's result is read before the other's can be computed"

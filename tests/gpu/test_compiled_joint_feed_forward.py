@@ -85,7 +85,7 @@ def test_within_the_budget(tokens, kind):
         again = torch.compile(module, backend="svdq", fullgraph=True)(*arguments)
         for repeated, result in zip(again, actual, strict=True):
             assert_bits_equal(repeated, result)
-    launched = [line for line in code.splitlines() if line.strip().startswith("_residual_kernel")]
+    launched = [line for line in code.splitlines() if line.strip().startswith("_residual_kernel") and ".run(" in line]
     if kind == "nvfp4":
         assert not launched
     elif kind != "dynamic scales" and min(tokens) > 16:

@@ -156,6 +156,10 @@ class Behind(nn.Module):
         return gate
 
     @staticmethod
+    def base(text, image):
+        return text
+
+    @staticmethod
     def between(y, residual):
         return ()
 
@@ -165,7 +169,7 @@ class Behind(nn.Module):
         y = self.drop(self.image(x))
         first = self.gated(image, image_gate, y)
         more = self.between(y, text)
-        second = self.gated(text, self.late(text_gate, first), self.text(other))
+        second = self.gated(self.base(text, first), self.late(text_gate, first), self.text(other))
         return first, second, *more
 
 
@@ -247,6 +251,13 @@ def test_what_differs_is_left_and_said(options, reason):
     assert recorder.count(joint_linear) == 0
     assert len(recorder.report.left) == 2
     assert all(reason in each for _, each in recorder.report.left), recorder.report.left
+
+
+@pytest.mark.usefixtures("on_an_h100")
+def test_a_residual_that_is_the_other_streams_result_is_left():
+    recorder = rewritten(Behind(base=lambda text, image: image), behind_inputs(image=20))
+    assert recorder.report.matched == ()
+    assert all("depends on the other" in reason for _, reason in recorder.report.left)
 
 
 OTHERS = {
