@@ -83,7 +83,7 @@ def second_operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBo
     scale = launch.stored(second.input_scale)
     result = launch.empty([m, n], torch.float8_e4m3fn, first.device)
     columns = -(-n // config["BLOCK_N"])
-    slices = launch.empty([columns, m, second.rank], torch.float32, first.device) if second.rank else None
+    slices = launch.empty([columns, m, second.rank], second.dtype, first.device) if second.rank else None
     tensors = {
         "x": x,
         "w": w,

@@ -3,7 +3,7 @@
     y        = (x_q @ w_q.T) * (scale_a * scale_b) + h @ L1.T + bias
     x_hat    = gelu(y) * s                  gelu and the product rounded to 16 bits each
     operand  = e4m3(x_hat / a)
-    partials = x_hat @ L2.T                 per tile of y's columns, float32
+    partials = x_hat @ L2.T                 per tile of y's columns, rounded to 16 bits each
 
 s, a and L2 belong to the second linear. gelu(y), [M, N] in 16 bits, is never written: the tile that holds it smooths,
 quantises and projects it, so the second linear needs no activation kernel.
@@ -184,7 +184,7 @@ def _gelu_quantize_kernel(
             offs_r = tl.arange(0, NEXT_RANK)
             where = ((origin_n // BLOCK_N).to(tl.int64) * M + offs_m)[:, None] * NEXT_R + offs_r[None, :]
             mask_h = (offs_m < M)[:, None] & (offs_r < NEXT_R)[None, :]
-            tl.store(next_partials_ptr + where, h, mask=mask_h)
+            tl.store(next_partials_ptr + where, h.to(next_partials_ptr.dtype.element_ty), mask=mask_h)
 
 
 MAX_RANK = 64
@@ -220,10 +220,10 @@ def multiply_gelu_quantize(
         pre_quant_scale: s [N] of the second linear, or None.
         input_scale: t of the second linear, float32, one value; its operand is divided by ``scale_factor * t``.
         lora_down: L2 [R, N] of the second linear, R at most :data:`MAX_RANK`, or None.
-        dtype: bfloat16 or float16, what gelu(y) and x_hat are rounded to.
+        dtype: bfloat16 or float16, what gelu(y), x_hat and partials are rounded to.
 
     Returns:
-        The operand, float8_e4m3fn [M, N], contiguous. Partials float32 [1, M, R], or None.
+        The operand, float8_e4m3fn [M, N], contiguous. The sum of the partials, dtype [1, M, R], or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -236,7 +236,7 @@ def multiply_gelu_quantize(
     next_rank = 0 if lora_down is None else lora_down.shape[0]
     columns, rows = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"])
     operand = torch.empty(m, n, dtype=torch.float8_e4m3fn, device=x_q.device)
-    slices = torch.empty(columns, m, next_rank, dtype=torch.float32, device=x_q.device) if next_rank else None
+    slices = torch.empty(columns, m, next_rank, dtype=dtype, device=x_q.device) if next_rank else None
     if operand.numel():
         with torch.cuda.device_of(x_q):
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=x_q.device))
