@@ -6,7 +6,6 @@ Its lowering computes the second linears of both streams in one launch, where a 
 from __future__ import annotations
 
 import dataclasses
-import operator
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -16,9 +15,8 @@ from ..ops.feed_forward import feed_forward
 from ..ops.joint_feed_forward import joint_feed_forward as joint_feed_forward_operator
 from ..ops.plan import MANY, plan, separate
 from ..spec import COMPONENTS
-from .base import Report, graph_pass, insert, tokens_of, value_of
-from .purity import mutates
-from .residual import Gated, OtherUse, read_gated
+from .base import Report, graph_pass, tokens_of, value_of
+from .residual import Gated, OtherUse, join, read_gated, reason_against
 
 PARTS = (*COMPONENTS, "bias")
 """What a layer's lists hold."""
@@ -102,18 +100,7 @@ def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) ->
     same_kind = (x.dtype, x.device) == (y.dtype, y.device)
     if not same_kind or first.sizes != second.sizes or not guard_or_false(x.shape[0] == y.shape[0]):
         return f"{second.node.name} has another dtype, device, batch or features"
-    if any(value_of(stream.gated.total).requires_grad for stream in streams):
-        return "gradients flow through it, which the operator has none of"
-    if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
-        return f"{second.node.name} or its sum depends on it"
-    ready = max(order[node] for stream in streams for node in stream.read)
-    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
-        return f"its result is read before {second.node.name} can be computed"
-    ours = [order[node] for stream in streams for node in stream.gated.nodes]
-    begin, end = min(*ours, ready), max(*ours, ready)
-    if any(begin <= order[node] <= end for node in order if mutates(node)):
-        return f"a tensor is written to between it and {second.gated.total.name}"
-    return None
+    return reason_against(streams, order)
 
 
 def _declined(*streams: Stream) -> str | None:
@@ -140,27 +127,13 @@ def _separate(stream: Stream, tokens: int) -> str | None:
 
 
 def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
-    """Puts the operator behind all it reads, in the place of the sums, and returns its name."""
     streams = (first, second)
-    placeholders = graph.find_nodes(op="placeholder")
-    after = max((*placeholders, *(node for stream in streams for node in stream.read)), key=order.get)
-    with graph.inserting_after(after):
-        new = insert(
-            graph,
-            joint_feed_forward_operator,
-            [stream.x for stream in streams],
-            *first.linears,
-            *second.linears,
-            [stream.gated.residual for stream in streams],
-            [stream.gated.gate for stream in streams],
-            *first.compute,
-        )
-    with graph.inserting_before(new.next):
-        results = [insert(graph, operator.getitem, new, index) for index in range(len(streams))]
-    for stream, result in zip(streams, results, strict=True):
-        total = stream.gated.total
-        result.meta = dict(total.meta) | {"example_value": result.meta["example_value"]}
-        total.replace_all_uses_with(result)
-        for node in reversed(stream.gated.nodes):
-            graph.erase_node(node)
-    return new.name
+    arguments = (
+        [stream.x for stream in streams],
+        *first.linears,
+        *second.linears,
+        [stream.gated.residual for stream in streams],
+        [stream.gated.gate for stream in streams],
+        *first.compute,
+    )
+    return join(graph, joint_feed_forward_operator, arguments, streams, order)

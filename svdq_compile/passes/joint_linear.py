@@ -18,9 +18,8 @@ from ..ops.joint_linear import PARTS
 from ..ops.joint_linear import joint_linear as joint_linear_operator
 from ..ops.linear import linear
 from ..ops.plan import MANY, Plan, in_turn
-from .base import Report, calls, graph_pass, insert, tokens_of, value_of
-from .purity import mutates
-from .residual import Gated, OtherUse, read_gated
+from .base import Report, calls, graph_pass, tokens_of, value_of
+from .residual import Gated, OtherUse, join, read_gated, reason_against
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +106,7 @@ def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) ->
         return f"the streams compute as {' and '.join(sorted((first.compute, second.compute)))}"
     if y.dtype is not z.dtype or y.shape[2] != z.shape[2] or not guard_or_false(y.shape[0] == z.shape[0]):
         return "the streams' results differ in dtype, batch or features"
-    if any(value_of(stream.gated.total).requires_grad for stream in streams):
-        return "gradients flow through it, which the operator has none of"
-    if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
-        return "one stream's sum depends on the other's"
-    ready = max(order[node] for stream in streams for node in stream.read)
-    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
-        return "one stream's result is read before the other's can be computed"
-    ours = [order[node] for stream in streams for node in stream.gated.nodes]
-    begin, end = min(*ours, ready), max(*ours, ready)
-    if any(begin <= order[node] <= end for node in order if mutates(node)):
-        return "a tensor is written to between the linears and their residuals"
-    return None
+    return reason_against(streams, order)
 
 
 def _declined(first: Stream, second: Stream) -> str | None:
@@ -140,28 +128,13 @@ def _plan(stream: Stream, tokens: int) -> Plan:
 
 
 def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
-    """Puts the operator behind all it reads, in the place of the sums, and returns its name."""
     streams = (first, second)
-    after = max((node for stream in streams for node in stream.read), key=order.get)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    after = max((after, *placeholders), key=order.get)
-    with graph.inserting_after(after):
-        new = insert(
-            graph,
-            joint_linear_operator,
-            [stream.x for stream in streams],
-            first.parts,
-            second.parts,
-            [stream.gated.residual for stream in streams],
-            [stream.gated.gate for stream in streams],
-            first.compute,
-        )
-    with graph.inserting_before(new.next):
-        results = [insert(graph, operator.getitem, new, index) for index in range(len(streams))]
-    for stream, result in zip(streams, results, strict=True):
-        total = stream.gated.total
-        result.meta = dict(total.meta) | {"example_value": result.meta["example_value"]}
-        total.replace_all_uses_with(result)
-        for node in reversed(stream.gated.nodes):
-            graph.erase_node(node)
-    return new.name
+    arguments = (
+        [stream.x for stream in streams],
+        first.parts,
+        second.parts,
+        [stream.gated.residual for stream in streams],
+        [stream.gated.gate for stream in streams],
+        first.compute,
+    )
+    return join(graph, joint_linear_operator, arguments, streams, order)

@@ -1,17 +1,20 @@
-"""What becomes of a result in a transformer block: ``residual + gate * y``, read off the graph."""
+"""A transformer block's ``residual + gate * y``, read off the graph, and what puts one operator in the place of two."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .base import calls, value_of
+from .base import calls, insert, value_of
 from .fuse_feed_forward import behind_dropout
+from .purity import mutates
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -38,6 +41,16 @@ class Gated:
     def total(self) -> fx.Node:
         """The sum."""
         return self.nodes[-1]
+
+
+class Stream(Protocol):
+    """What computes y in one of two streams, and what y is added to."""
+
+    gated: Gated
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """All that the sum is computed from."""
 
 
 def read_gated(y: fx.Node) -> Gated:
@@ -89,3 +102,48 @@ def _check_fit(y: object, gate: object, residual: object) -> None:
     for name, value, size in (("gate", gate, (batch, 1, n)), ("residual", residual, (batch, tokens, n))):
         if not all(guard_or_false(own == wanted) for own, wanted in zip(value.shape, size, strict=True)):
             raise OtherUse(f"the {name} has another shape")
+
+
+def reason_against(streams: Sequence[Stream], order: dict[fx.Node, int]) -> str | None:
+    """Why one operator in the place of two streams' sums could compute something else, or None.
+
+    Args:
+        streams: both.
+        order: position of each node in the graph.
+    """
+    if any(value_of(stream.gated.total).requires_grad for stream in streams):
+        return "gradients flow through it, which the operator has none of"
+    if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
+        return "one stream's sum depends on the other's"
+    ready = max(order[node] for stream in streams for node in stream.read)
+    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
+        return "one stream's result is read before the other's can be computed"
+    ours = [order[node] for stream in streams for node in stream.gated.nodes]
+    begin, end = min(*ours, ready), max(*ours, ready)
+    if any(begin <= order[node] <= end for node in order if mutates(node)):
+        return "a tensor is written to between the two and their sums"
+    return None
+
+
+def join(graph: fx.Graph, target: object, arguments: Sequence, streams: Sequence[Stream], order: dict) -> str:
+    """Puts an operator with two results behind all it reads, in the place of two streams' sums, and returns its name.
+
+    Args:
+        target: the operator.
+        arguments: its.
+        streams: both.
+        order: position of each node in the graph.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    after = max((*placeholders, *(node for stream in streams for node in stream.read)), key=order.get)
+    with graph.inserting_after(after):
+        new = insert(graph, target, *arguments)
+    with graph.inserting_before(new.next):
+        results = [insert(graph, operator.getitem, new, index) for index in range(len(streams))]
+    for stream, result in zip(streams, results, strict=True):
+        total = stream.gated.total
+        result.meta = dict(total.meta) | {"example_value": result.meta["example_value"]}
+        total.replace_all_uses_with(result)
+        for node in reversed(stream.gated.nodes):
+            graph.erase_node(node)
+    return new.name

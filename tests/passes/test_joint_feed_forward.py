@@ -8,47 +8,16 @@ from torch import nn
 from svdq_compile.ops.feed_forward import feed_forward
 from svdq_compile.ops.joint_feed_forward import joint_feed_forward
 from svdq_compile.ops.modulated_norm import modulated_norm
-from svdq_compile.passes.pipeline import rewrite
 from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import SMALL
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.random_model import random_transformer
+from svdq_compile.testing.recorder import Recorder
 from svdq_compile.testing.weights import random_linear
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_an_h100")
 FEATURES, HIDDEN = 32, 64
 CONFIG = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
-
-
-@pytest.fixture(autouse=True)
-def on_hopper(monkeypatch):
-    """The passes believe that CPU tensors are on an H100; what they insert runs as its specification."""
-    for module in ("ops.cuda", "passes.joint_heads", "passes.joint_linear"):
-        monkeypatch.setattr(f"svdq_compile.{module}.capability", lambda device: (9, 0))
-
-
-class Recorder:
-    """Runs rewritten graphs as they are."""
-
-    def __init__(self):
-        self.reports, self.graphs = [], []
-
-    def __call__(self, gm, example_inputs):
-        self.reports.append(rewrite(gm))
-        self.graphs.append(gm)
-        return gm.forward
-
-    @property
-    def report(self):
-        (report,) = self.reports
-        return report["joint_feed_forward"]
-
-    @property
-    def reasons(self):
-        return [reason for _, reason in self.report.left]
-
-    def count(self, target):
-        return sum(len(gm.graph.find_nodes(op="call_function", target=target)) for gm in self.graphs)
 
 
 def assert_same(actual, expected):
@@ -58,7 +27,7 @@ def assert_same(actual, expected):
 
 def compiled(module, inputs, **options):
     """The recorder of a module whose results stay as they are."""
-    recorder = Recorder()
+    recorder = Recorder("joint_feed_forward")
     with torch.no_grad():
         expected = module(*(each.clone() for each in inputs))
         assert_same(torch.compile(module, backend=recorder, fullgraph=True, **options)(*inputs), expected)
@@ -110,7 +79,7 @@ def test_every_block_of_one_graph():
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_sizes_change(dynamic):
     """One graph serves all sizes of a kind; few tokens are another kind, whose linears are apart."""
-    block, recorder = Block("mixed"), Recorder()
+    block, recorder = Block("mixed"), Recorder("joint_feed_forward")
     run = torch.compile(block, backend=recorder, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for sizes in ((24, 20), (24, 23), (36, 30), (50, 18)):
@@ -242,9 +211,9 @@ def kept(first, second, x, y, gate, other):
 
 LEFT = {
     one_behind_the_other: "is read before",
-    directly: "depends on it",
-    its_residual: "depends on it",
-    the_first_sum_needs_the_second: "depends on it",
+    directly: "depends on the other",
+    its_residual: "depends on the other",
+    the_first_sum_needs_the_second: "depends on the other",
     read_ahead: "is read before",
     written_between: "written to",
     its_sum_written: "written to",
@@ -313,5 +282,5 @@ def test_a_layer_that_was_left_waits_for_none_behind_the_next():
     """The first is left alone, for the second depends on it; the second is joined with the third."""
     recorder = compiled(Streams(three), inputs())
     assert (len(recorder.report.matched), len(recorder.report.left)) == (1, 1)
-    assert "depends on it" in recorder.reasons[0]
+    assert "depends on the other" in recorder.reasons[0]
     assert (recorder.count(joint_feed_forward), recorder.count(feed_forward)) == (1, 1)
