@@ -8,17 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
-from .. import _compat
 from .._compat import ir
 from ..ops.plan import separate
 from . import feed_forward
-from .joint_linear import residual_product
+from .joint_linear import gated_sums, residual_product
 
 log = logging.getLogger(__name__)
-
-aten = torch.ops.aten
 
 Tensor = ir.TensorBox
 
@@ -45,9 +40,6 @@ def lower(
         reasons if any(reasons) else "the second linears in one kernel",
     )
     if any(reasons):
-        add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
-        results = [feed_forward.lower(*layer, compute_up, compute_down) for layer in layers]
-        one, two = (add(each, mul(factor, y)) for each, factor, y in zip(residual, gate, results, strict=True))
-        return one, two
+        return gated_sums([feed_forward.lower(*layer, compute_up, compute_down) for layer in layers], residual, gate)
     prepared = [feed_forward.second_operand(*calls) for calls in streams]
     return residual_product([down for _, down in streams], prepared, residual, gate)

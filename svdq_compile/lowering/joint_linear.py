@@ -35,11 +35,15 @@ def lower(
     reason = in_turn([call.plan for call in calls], calls[0].capability)
     log.debug("svdq::joint_linear, %s tokens: %s", [call.tokens for call in calls], reason or "in one kernel")
     if reason:
-        add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
-        given = zip(streams, residual, gate, strict=True)
-        one, two = (add(added, mul(factor, linear.lower(*stream))) for stream, added, factor in given)
-        return one, two
+        return gated_sums([linear.lower(*stream) for stream in streams], residual, gate)
     return residual_product(calls, [operands.prepare(call, call.plan.operand) for call in calls], residual, gate)
+
+
+def gated_sums(results: Sequence[Tensor], residual: Sequence[Tensor], gate: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``residual + gate * result`` of two streams, for Inductor to fuse."""
+    add, mul = (_compat.lowerings[op] for op in (aten.add.Tensor, aten.mul.Tensor))
+    one, two = (add(added, mul(factor, y)) for added, factor, y in zip(residual, gate, results, strict=True))
+    return one, two
 
 
 def residual_product(

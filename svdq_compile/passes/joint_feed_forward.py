@@ -5,8 +5,6 @@ Its lowering computes the second linears of both streams in one launch, where a 
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -16,22 +14,14 @@ from ..ops.joint_feed_forward import joint_feed_forward as joint_feed_forward_op
 from ..ops.plan import MANY, plan, separate
 from ..spec import COMPONENTS
 from .base import Report, graph_pass, tokens_of, value_of
-from .residual import Gated, OtherUse, join, read_gated, reason_against
+from .residual import OtherUse, Stream, join, read_gated, reason_against
 
 PARTS = (*COMPONENTS, "bias")
 """What a layer's lists hold."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
+class Layer(Stream):
     """A feed-forward layer of one of the streams, and what its result is added to."""
-
-    node: fx.Node
-    gated: Gated
-
-    @property
-    def x(self) -> fx.Node:
-        return self.node.args[0]
 
     @property
     def linears(self) -> tuple[list[fx.Node | None], ...]:
@@ -42,11 +32,6 @@ class Stream:
     def compute(self) -> tuple[str, ...]:
         """Of both."""
         return tuple(self.node.args[3:])
-
-    @property
-    def read(self) -> list[fx.Node]:
-        """All that the sum is computed from."""
-        return [*self.node.all_input_nodes, self.gated.gate, self.gated.residual]
 
     @property
     def sizes(self) -> list[int]:
@@ -71,7 +56,7 @@ def joint_feed_forward(gm: fx.GraphModule) -> Report:
             waiting = node
             continue
         try:
-            first, second = (Stream(each, read_gated(each)) for each in (waiting, node))
+            first, second = (Layer(each, read_gated(each)) for each in (waiting, node))
         except OtherUse as error:
             reason = str(error)
         else:
@@ -81,12 +66,21 @@ def joint_feed_forward(gm: fx.GraphModule) -> Report:
             left.append((waiting.name, reason))
             waiting = node
         else:
-            matched.append(_join(gm.graph, first, second, order))
+            matched.append(
+                join(
+                    gm.graph,
+                    joint_feed_forward_operator,
+                    (first, second),
+                    (*first.linears, *second.linears),
+                    first.compute,
+                    order,
+                )
+            )
             waiting = None
     return Report("joint_feed_forward", tuple(matched), tuple(left))
 
 
-def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) -> str | None:
+def _reason_against(first: Layer, second: Layer, order: dict[fx.Node, int]) -> str | None:
     """Why the rewritten graph could compute something else, or None.
 
     Args:
@@ -103,7 +97,7 @@ def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) ->
     return reason_against(streams, order)
 
 
-def _declined(*streams: Stream) -> str | None:
+def _declined(*streams: Layer) -> str | None:
     """Why no kernel of ours computes them in one."""
 
     def reason(tokens: list[int]) -> str | None:
@@ -114,7 +108,7 @@ def _declined(*streams: Stream) -> str | None:
     return reason([MANY] * len(streams)) or reason([tokens_of(value_of(stream.x)) for stream in streams])
 
 
-def _separate(stream: Stream, tokens: int) -> str | None:
+def _separate(stream: Layer, tokens: int) -> str | None:
     """Why a layer's linears are computed apart."""
     x = value_of(stream.x)
     up, down = (dict(zip(PARTS, map(value_of, parts), strict=True)) for parts in stream.linears)
@@ -124,16 +118,3 @@ def _separate(stream: Stream, tokens: int) -> str | None:
         for read, parts, mode in zip((x, hidden), (up, down), stream.compute, strict=True)
     )
     return separate(plan(first), plan(second), second, down["input_scale"] is None)
-
-
-def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
-    streams = (first, second)
-    arguments = (
-        [stream.x for stream in streams],
-        *first.linears,
-        *second.linears,
-        [stream.gated.residual for stream in streams],
-        [stream.gated.gate for stream in streams],
-        *first.compute,
-    )
-    return join(graph, joint_feed_forward_operator, arguments, streams, order)

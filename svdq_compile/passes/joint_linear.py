@@ -7,7 +7,6 @@ leave idle.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import operator
 
 from torch import fx
@@ -19,19 +18,11 @@ from ..ops.joint_linear import joint_linear as joint_linear_operator
 from ..ops.linear import linear
 from ..ops.plan import MANY, Plan, in_turn
 from .base import Report, calls, graph_pass, tokens_of, value_of
-from .residual import Gated, OtherUse, join, read_gated, reason_against
+from .residual import OtherUse, Stream, join, read_gated, reason_against
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
+class Linear(Stream):
     """A linear of one of the streams, and what its result is added to."""
-
-    node: fx.Node
-    gated: Gated
-
-    @property
-    def x(self) -> fx.Node:
-        return self.node.args[0]
 
     @property
     def parts(self) -> list[fx.Node | None]:
@@ -41,11 +32,6 @@ class Stream:
     @property
     def compute(self) -> str:
         return self.node.args[1 + PARTS]
-
-    @property
-    def read(self) -> list[fx.Node]:
-        """All that the sum is computed from."""
-        return [*self.node.all_input_nodes, self.gated.gate, self.gated.residual]
 
 
 @graph_pass("linears of two streams behind one attention are computed in one launch, which finishes their residuals")
@@ -59,7 +45,7 @@ def joint_linear(gm: fx.GraphModule) -> Report:
     left: list[tuple[str, str]] = []
     for pair in _pairs(gm.graph):
         try:
-            first, second = (Stream(node, read_gated(node)) for node in pair)
+            first, second = (Linear(node, read_gated(node)) for node in pair)
         except OtherUse as error:
             reason = str(error)
         else:
@@ -68,7 +54,16 @@ def joint_linear(gm: fx.GraphModule) -> Report:
         if reason:
             left += [(node.name, reason) for node in pair]
         else:
-            matched.append(_join(gm.graph, first, second, order))
+            matched.append(
+                join(
+                    gm.graph,
+                    joint_linear_operator,
+                    (first, second),
+                    (first.parts, second.parts),
+                    (first.compute,),
+                    order,
+                )
+            )
     return Report("joint_linear", tuple(matched), tuple(left))
 
 
@@ -93,7 +88,7 @@ def _sliced(x: fx.Node) -> fx.Node | None:
     return x.args[0] if isinstance(tokens, slice) and all(index == slice(None) for index in where) else None
 
 
-def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) -> str | None:
+def _reason_against(first: Linear, second: Linear, order: dict[fx.Node, int]) -> str | None:
     """Why the rewritten graph could compute something else, or None.
 
     Args:
@@ -109,7 +104,7 @@ def _reason_against(first: Stream, second: Stream, order: dict[fx.Node, int]) ->
     return reason_against(streams, order)
 
 
-def _declined(first: Stream, second: Stream) -> str | None:
+def _declined(first: Linear, second: Linear) -> str | None:
     """Why no kernel of ours computes both in one."""
     streams = (first, second)
 
@@ -122,19 +117,6 @@ def _declined(first: Stream, second: Stream) -> str | None:
     return reason([MANY, MANY]) or reason([tokens_of(value_of(stream.x)) for stream in streams])
 
 
-def _plan(stream: Stream, tokens: int) -> Plan:
+def _plan(stream: Linear, tokens: int) -> Plan:
     qweight, _, _, input_scale, _, lora_down, *_ = map(value_of, stream.parts)
     return plan_call(value_of(stream.x), qweight, input_scale, lora_down, stream.compute, tokens)
-
-
-def _join(graph: fx.Graph, first: Stream, second: Stream, order: dict[fx.Node, int]) -> str:
-    streams = (first, second)
-    arguments = (
-        [stream.x for stream in streams],
-        first.parts,
-        second.parts,
-        [stream.gated.residual for stream in streams],
-        [stream.gated.gate for stream in streams],
-        first.compute,
-    )
-    return join(graph, joint_linear_operator, arguments, streams, order)

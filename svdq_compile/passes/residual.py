@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +42,21 @@ class Gated:
         return self.nodes[-1]
 
 
-class Stream(Protocol):
-    """What computes y in one of two streams, and what y is added to."""
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The node that computes y from its first argument in one of two streams, and what y is added to."""
 
+    node: fx.Node
     gated: Gated
+
+    @property
+    def x(self) -> fx.Node:
+        return self.node.args[0]
 
     @property
     def read(self) -> list[fx.Node]:
         """All that the sum is computed from."""
+        return [*self.node.all_input_nodes, self.gated.gate, self.gated.residual]
 
 
 def read_gated(y: fx.Node) -> Gated:
@@ -125,15 +131,30 @@ def reason_against(streams: Sequence[Stream], order: dict[fx.Node, int]) -> str 
     return None
 
 
-def join(graph: fx.Graph, target: object, arguments: Sequence, streams: Sequence[Stream], order: dict) -> str:
+def join(
+    graph: fx.Graph,
+    target: object,
+    streams: Sequence[Stream],
+    parts: Sequence[list[fx.Node | None]],
+    compute: Sequence[str],
+    order: dict[fx.Node, int],
+) -> str:
     """Puts an operator with two results behind all it reads, in the place of two streams' sums, and returns its name.
 
     Args:
-        target: the operator.
-        arguments: its.
+        target: the operator; it takes what the streams read, ``parts``, residuals, gates and ``compute``.
         streams: both.
+        parts: components and bias of each linear.
+        compute: modes.
         order: position of each node in the graph.
     """
+    arguments = (
+        [stream.x for stream in streams],
+        *parts,
+        [stream.gated.residual for stream in streams],
+        [stream.gated.gate for stream in streams],
+        *compute,
+    )
     placeholders = graph.find_nodes(op="placeholder")
     after = max((*placeholders, *(node for stream in streams for node in stream.read)), key=order.get)
     with graph.inserting_after(after):

@@ -1,4 +1,4 @@
-"""Every kernel on sizes beside its tiles' edges, eagerly and compiled, for a tool that watches a process's memory.
+"""The kernels of a compute mode beside their tiles' edges, eagerly and compiled, for a tool that watches memory.
 
     compute-sanitizer --tool memcheck python -m svdq_compile.testing.every_kernel fp8 packed
     compute-sanitizer --tool racecheck python -m svdq_compile.testing.every_kernel fp8 packed
@@ -18,7 +18,7 @@ from .checkpoints import SMALL, example_inputs
 from .random_model import random_transformer
 
 CONFIG = SMALL | {"num_layers": 1, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24], "num_attention_heads": 3}
-"""One block whose 192 inputs are no multiple of any tile."""
+"""One block whose 192 inputs are no multiple of 128."""
 
 SIZES = (
     {"batch": 1, "height": 33, "width": 32, "text": 19},

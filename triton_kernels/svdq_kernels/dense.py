@@ -22,6 +22,13 @@ def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 
 @triton.jit
+def next_tile(start, tiles):
+    """Behind ``tiles`` tiles, the next one of the program whose first was start; counted from there."""
+    programs = tl.num_programs(0)
+    return start + tl.cdiv(max(tiles - start, 0), programs) * programs - tiles
+
+
+@triton.jit
 def product(
     x,
     w,

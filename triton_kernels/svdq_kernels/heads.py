@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import dense
-from .dense import column_parts, dense_tile, tile_origin
+from .dense import column_parts, dense_tile, next_tile, tile_origin
 
 
 @triton.jit
@@ -66,13 +66,6 @@ def normalize_and_rotate(
     cos, sin = load_pairs(freqs_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + pair[None, :])
     turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
     return tl.reshape(turned, (BLOCK_M, HEAD_DIM))
-
-
-@triton.jit
-def next_tile(start, tiles):
-    """Behind ``tiles`` tiles, the next one of the program whose first was start; counted from there."""
-    programs = tl.num_programs(0)
-    return start + tl.cdiv(max(tiles - start, 0), programs) * programs - tiles
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import dense
-from .dense import column_parts, dense_tile, tile_origin
+from .dense import column_parts, dense_tile, next_tile, tile_origin
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def residual_tiles(
         for i in tl.static_range(PARTS):
             offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
             add_to_residual(parts[i], residual_ptr, gate_ptr, out_ptr, offs_m, offs_n, M, N, stride_gate, tokens)
-    return start + tl.cdiv(max(tiles - start, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
+    return next_tile(start, tiles)
 
 
 @triton.jit
