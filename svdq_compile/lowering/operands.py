@@ -17,6 +17,8 @@ def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Ten
     from svdq_kernels import activation as kernels
 
     m, k = call.tokens, call.in_features
+    if operand == "plain" and not call.rank:
+        return _smoothed(call), None, None
     scaled = operand in kernels.TOKEN_RANGE
     parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
     x, s = _activation(call, call.x if parts is None else parts.x)
@@ -133,6 +135,17 @@ def block_scale(call: Call) -> Tensor:
 def _activation(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
     x = launch.contiguous_rows(launch.reshape(x, [call.tokens, call.in_features]))
     return x, None if call.pre_quant_scale is None else launch.contiguous(call.pre_quant_scale)
+
+
+def _smoothed(call: Call) -> Tensor:
+    """``x * s`` rounded once to x's dtype, [M, K] contiguous, by nodes that Inductor fuses with what comes before."""
+    x = launch.reshape(call.x, [call.tokens, call.in_features])
+    if call.pre_quant_scale is not None:
+        cast, mul = (
+            _compat.lowerings[op] for op in (torch.ops.prims.convert_element_type.default, torch.ops.aten.mul.Tensor)
+        )
+        x = cast(mul(cast(x, torch.float32), cast(call.pre_quant_scale, torch.float32)), call.dtype)
+    return launch.contiguous(x)
 
 
 def _modulation(parts: modulated_norm.Parts | None) -> dict[str, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoint.manifest import Linear, Manifest
 from ..errors import LeftoverKeyError, MissingKeyError, ShapeError, UnknownLinearError
-from ..ops.storage import check_storage, expand, stored_spec
+from ..ops.storage import check_storage, expand, storage_of, stored_spec
 from ..ops.weight import Fingerprint, SVDQWeight
 
 Entry = tuple[str, str | None, torch.Tensor]
@@ -144,7 +144,8 @@ def new_parameters(
         slots: from :func:`check_fit`.
         entries: the checkpoint's tensors, on their target device.
         compute: compute mode of the quantised weights.
-        storage: storage of the quantised weights; an expanded one exists packed only until it is complete.
+        storage: storage of the quantised weights (:func:`~svdq_compile.ops.storage.storage_of`); an expanded one exists
+            packed only until it is complete.
         dtype: dtype of dense tensors and of what quantised weights pretend to have; None takes the slot's own.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -159,7 +160,7 @@ def new_parameters(
         if parts.keys() == spec.components().keys():
             slot = slots[f"{name}.weight"]
             weight = SVDQWeight(waiting.pop(name), Fingerprint(spec, compute), dtype or slot.get().dtype)
-            yield slot, _like(slot, expand(weight) if storage == "expanded" else weight)
+            yield slot, _like(slot, expand(weight) if storage_of(name, storage) == "expanded" else weight)
 
 
 def parameters_of(model: nn.Module, slots: dict[str, Slot]) -> Iterator[tuple[Slot, torch.Tensor]]:

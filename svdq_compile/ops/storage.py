@@ -2,16 +2,33 @@
 
 Expanded, an NVFP4 weight takes 8 bits per element instead of 4.5 and has given up its codes; ``fp8`` arithmetic then
 has nothing left to unpack. Its operands are those it would make of the packed weight, bit for bit.
+
+A model's storage is that of the linears that see every token. One that sees a vector per picture is a read of its
+weight, and 4.5 bits are read sooner than 8: it stays packed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from ..errors import StorageError
 from ..spec import STORAGES, Format, LinearSpec
 from .reference import fp8_weight
 from .weight import SVDQWeight
+
+ONE_VECTOR = re.compile(r"(^|\.)(\w+_mod|\w*modulation\w*|norm\w*|ada\w*|time\w*)\.")
+"""Modules of diffusers' transformers whose linears see a vector per picture, the time step's."""
+
+
+def storage_of(name: str, storage: str) -> str:
+    """The storage one linear gets in a model.
+
+    Args:
+        name: of the linear, such as ``transformer_blocks.0.img_mod.1``.
+        storage: the model's.
+    """
+    return "packed" if ONE_VECTOR.search(name) else storage
 
 
 def check_storage(storage: str) -> None:

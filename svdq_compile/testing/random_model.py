@@ -11,7 +11,7 @@ from torch import nn
 from ..dtypes import DTYPE_NAMES
 from ..model.rope import move_tables
 from ..model.share import mark_shared
-from ..ops.storage import expand
+from ..ops.storage import expand, storage_of
 from ..ops.weight import Fingerprint, SVDQWeight
 from .checkpoints import SMALL
 from .plans import Planned, plan_checkpoint, random_tensor
@@ -43,7 +43,7 @@ def random_transformer(
         seed: of the contents, which differ between kinds of devices.
         device: where everything is made.
         compute: compute mode.
-        storage: ``packed`` or ``expanded``.
+        storage: ``packed`` or ``expanded``, as :func:`~svdq_compile.ops.storage.storage_of` applies it.
         share: as in :func:`~svdq_compile.testing.checkpoints.write_checkpoint`.
     """
     model = _empty(config)
@@ -61,7 +61,7 @@ def random_transformer(
     for owner, tensors in linears.items():
         parts = {tensor.role: random_tensor(tensor, seed, device) for tensor in tensors}
         weight = SVDQWeight(parts, Fingerprint(tensors[0].spec, compute), dtype)
-        weight = expand(weight) if storage == "expanded" else weight
+        weight = expand(weight) if storage_of(owner, storage) == "expanded" else weight
         model.get_submodule(owner).weight = nn.Parameter(weight, requires_grad=False)
     mark_shared({owner: model.get_submodule(owner).weight for owner in linears})
     move_tables(model, device)

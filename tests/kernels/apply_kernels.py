@@ -16,7 +16,7 @@ from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4
 from svdq_kernels.feed_forward import multiply_gelu_quantize
-from svdq_kernels.gemv import multiply_few
+from svdq_kernels.gemv import multiply_few, pair_bits
 from svdq_kernels.projection import sum_partials
 from svdq_kernels.residual import multiply_residual
 
@@ -33,6 +33,21 @@ def multiply_heads(first, second, out, eps):
     return out
 
 
+@triton.jit
+def _pair_bits_kernel(words_ptr, out_ptr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for place in tl.static_range(4):
+        bits = pair_bits(tl.load(words_ptr + offs), place, DTYPE)
+        tl.store(out_ptr + place * BLOCK + offs, bits)
+
+
+def pair_bits_of(words, dtype):
+    out = torch.empty(4, words.numel(), dtype=torch.int32, device=words.device)
+    names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    _pair_bits_kernel[(1,)](words, out, BLOCK=words.numel(), DTYPE=names[dtype])
+    return out
+
+
 LAUNCHERS = {
     "prepare": prepare,
     "prepare_modulated": prepare_modulated,
@@ -40,6 +55,7 @@ LAUNCHERS = {
     "expand_nvfp4": expand_nvfp4,
     "sum_partials": sum_partials,
     "multiply_few": multiply_few,
+    "pair_bits": pair_bits_of,
     "multiply_gelu_quantize": multiply_gelu_quantize,
     "multiply_heads": multiply_heads,
     "multiply_residual": multiply_residual,

@@ -109,6 +109,19 @@ def test_in_the_interpreter(tmp_path):
         assert_right(actual, args)
 
 
+def test_every_code_at_every_place_is_its_value(tmp_path):
+    codes = torch.arange(16).repeat(8, 16)
+    codes[4:] = codes[4:].reshape(4, 16, 16).transpose(1, 2).flatten(1)
+    words = (codes << 4 * torch.arange(8)[:, None]).sum(0).to(torch.uint32).view(torch.int32)
+    dtypes = {torch.bfloat16: 2.0**126, torch.float16: 2.0**14}
+    results = run_script(APPLY, [("pair_bits", (words, dtype)) for dtype in dtypes], tmp_path, "cpu")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] * (1 - 2 * (codes >> 3))
+    for (dtype, factor), bits in zip(dtypes.items(), results, strict=True):
+        pairs = bits.view(dtype).reshape(4, -1, 2).double() * factor
+        assert torch.equal(pairs[..., 0], values[:4].double())
+        assert torch.equal(pairs[..., 1], values[4:].double())
+
+
 @gpu
 @given(st.builds(make, *SIZES, exact=st.just(True)))
 def test_exact_sums(args):

@@ -11,8 +11,7 @@ from svdq_compile.errors import SaveError, StorageError
 from svdq_compile.model.load import quantised_linears
 from svdq_compile.model.resident import resident
 from svdq_compile.ops.modes import FP8_MIN_TOKENS
-from svdq_compile.ops.storage import expand
-from svdq_compile.spec import Format
+from svdq_compile.ops.storage import expand, storage_of
 from svdq_compile.testing.checkpoints import SMALL, example_inputs, write_checkpoint
 from svdq_compile.testing.compare import differing
 from svdq_compile.testing.oracle import assert_bits_equal
@@ -30,35 +29,55 @@ def model():
     return QwenImageTransformer2DModel(**SMALL).bfloat16().eval()
 
 
-def run(model):
-    return model(**example_inputs(model))[0]
+def run(model, **sizes):
+    return model(**example_inputs(model, **sizes))[0]
 
 
-def assert_linears_agree(left, right):
-    """The same bits from each pair of quantised linears for as many tokens as fp8 quantises.
-
-    Whole models differ: a block's modulation has one token, of which fp8 makes bf16, and for that a packed weight has
-    its codes and an expanded one has not.
-    """
-    pairs = zip(quantised_linears(left).values(), quantised_linears(right).values(), strict=True)
-    for a, b in pairs:
-        x = torch.randn(FP8_MIN_TOKENS, a.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
-        assert_bits_equal(a(x), b(x))
+def assert_alike(left, right):
+    """The same bits from two models in ``fp8`` mode, with enough tokens of both streams for it to quantise."""
+    sizes = {"height": FP8_MIN_TOKENS, "width": 1, "text": FP8_MIN_TOKENS}
+    assert_bits_equal(run(left, **sizes), run(right, **sizes))
 
 
 def test_loading_expanded_is_loading_and_expanding(folder):
     packed = svdq_compile.load_transformer(folder)
     expanded = svdq_compile.load_transformer(folder, storage="expanded")
-    assert {module.weight.spec.format for module in quantised_linears(expanded).values()} == {Format.FP8_SVD}
-    for module in quantised_linears(packed).values():
-        module.weight = torch.nn.Parameter(expand(module.weight), requires_grad=False)
+    for name, module in quantised_linears(packed).items():
+        if "_mod." not in name:
+            module.weight = torch.nn.Parameter(expand(module.weight), requires_grad=False)
     assert differing(packed, expanded) == []
+
+
+def test_what_sees_one_vector_a_picture_stays_packed(folder):
+    linears = quantised_linears(svdq_compile.load_transformer(folder, storage="expanded"))
+    packed = {name for name, module in linears.items() if module.weight.spec.storage == "packed"}
+    assert packed
+    assert packed == {name for name in linears if name.endswith((".img_mod.1", ".txt_mod.1"))} < linears.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [
+        ("transformer_blocks.0.img_mod.1", True),
+        ("double_stream_modulation_img.linear", True),
+        ("transformer_blocks.7.norm1_context.linear", True),
+        ("norm_out.linear", True),
+        ("adaln_single.linear", True),
+        ("time_text_embed.timestep_embedder.linear_1", True),
+        ("transformer_blocks.0.attn.to_q", False),
+        ("transformer_blocks.0.img_mlp.net.0.proj", False),
+        ("proj_out", False),
+    ],
+)
+def test_by_their_names(name, stays):
+    assert storage_of(name, "packed") == "packed"
+    assert storage_of(name, "expanded") == ("packed" if stays else "expanded")
 
 
 def test_fp8_mode_is_the_same_from_either_storage(folder):
     packed = svdq_compile.load_transformer(folder, compute="fp8")
     expanded = svdq_compile.load_transformer(folder, compute="fp8", storage="expanded")
-    assert_linears_agree(expanded, packed)
+    assert_alike(expanded, packed)
 
 
 def test_bytes(folder):
@@ -151,4 +170,4 @@ def test_quantising_while_loading(tmp_path):
     how = {"quantize": "nvfp4_svd", "rank": 8, "blocks_kept": 1, "compute": "fp8"}
     packed, expanded = (svdq_compile.load_transformer(tmp_path, **how, storage=s) for s in ("packed", "expanded"))
     assert resident(expanded).storage == "expanded"
-    assert_linears_agree(expanded, packed)
+    assert_alike(expanded, packed)

@@ -31,11 +31,24 @@ def shift_left(words, BITS: tl.constexpr):
 
 
 @triton.jit
+def pair_bits(words, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """Codes PLACE and PLACE + 4 of each word as 16-bit floats, 16 bits apart: each its value times a power of two.
+
+    A code moved to the lowest exponent bits of a float is that, subnormals included, and one pass over a word does it
+    for two. In bfloat16 sign and magnitude lie so far apart that one product moves both.
+    """
+    if dtype == tl.bfloat16:
+        part = words if PLACE < 2 else words >> 8
+        ODD: tl.constexpr = PLACE % 2
+        bits = (part & (0x000F000F << 4 * ODD)) * (2 ** (6 - 4 * ODD) + 2 ** (12 - 4 * ODD)) & -0x7E3F7E40
+    else:
+        bits = shift_left(words, 9 - 4 * PLACE) & 0x0E000E00 | shift_left(words, 12 - 4 * PLACE) & -0x7FFF8000
+    return bits
+
+
+@triton.jit
 def decode_pairs(words, scale, PLACE: tl.constexpr):
     """Values of codes PLACE and PLACE + 4 of each word, times its block scale.
-
-    A code moved to the lowest exponent bits of a 16-bit float is its value times a power of two, subnormals included,
-    and one pass over a word does it for two codes, 16 bits apart.
 
     Args:
         words: int32 [..., W], eight codes each, the first in the lowest nibble.
@@ -45,18 +58,26 @@ def decode_pairs(words, scale, PLACE: tl.constexpr):
         scale's dtype [..., W, 2], ``code * block scale / FACTOR``, exact: 6 significant bits.
     """
     dtype: tl.constexpr = scale.dtype
-    # Where the code's lowest bit goes: the top of the fraction.
-    BASE: tl.constexpr = 6 if dtype == tl.bfloat16 else 9
-    MAGNITUDE: tl.constexpr = 0x01C001C0 if dtype == tl.bfloat16 else 0x0E000E00
-    SIGN: tl.constexpr = -0x7FFF8000
-    bits = shift_left(words, BASE - 4 * PLACE) & MAGNITUDE | shift_left(words, 12 - 4 * PLACE) & SIGN
-    low, high = bits.to(tl.int16), (bits >> 16).to(tl.int16)
-    return tl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)) * tl.join(scale, scale)
+    bits = pair_bits(words, PLACE, dtype)
+    if dtype == tl.bfloat16:
+        # Two products at once; as tensor elements they would be taken apart and put together again on either side.
+        pair = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r",
+            [bits, pair],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    low, high = bits.to(tl.int16).to(dtype, bitcast=True), (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    values = tl.join(low, high)
+    return values if dtype == tl.bfloat16 else values * tl.join(scale, scale)
 
 
 @triton.jit
 def scale_operand(block_scale, dtype: tl.constexpr):
-    """Block scales times what :func:`decode_pairs` lacks: 2**126 in bfloat16, 2**14 in float16, less FACTOR.
+    """Block scales times what :func:`pair_bits` lacks: 2**126 in bfloat16, 2**14 in float16, less FACTOR.
 
     Args:
         block_scale: e4m3, or its bits as uint8 where Triton has no e4m3.
@@ -256,7 +277,7 @@ def configuration(m: int, n: int, k: int) -> dict[str, int | bool]:
         # A narrow result has few programs, so each keeps more bytes in flight.
         unroll = 2 if n <= 4096 else 1
     else:
-        block_m, block_n, warps, unroll = (16, 32, 4, 1) if n >= 8192 else (16, 16, 8, 1)
+        block_m, block_n, warps, unroll = 16, 32, 4 if k <= 4096 else 8, 1
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
