@@ -22,7 +22,7 @@ def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Ten
     scaled = operand in kernels.TOKEN_RANGE
     parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
     x, s = _activation(call, call.x if parts is None else parts.x)
-    config = kernels.configuration(call.hint, k, call.rank, operand)
+    config = kernels.configuration(call.hint, k, call.rank, operand, parts is not None)
     warps = config.pop("num_warps")
     splits = -(-k // config["SPLIT_K"])
     partials = launch.empty([splits, m, call.rank], torch.float32, call.device) if call.rank else None

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdq_compile.testing.oracle import assert_bits_equal
+from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.ptx import CUOBJDUMP, compile_for, spills
 from svdq_compile.testing.tensors import run_script
 
@@ -86,6 +86,25 @@ def test_as_if_it_had_been_so_before(args, operand):
     assert_same(actual, prepare(modulated(x, modulation), s, t, down, operand))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("m", [64, 3000])
+@pytest.mark.parametrize("far", [0, 10, 100])
+def test_a_mean_far_from_zero_in_deviations(m, far):
+    g = torch.Generator("cuda").manual_seed(m)
+    x, center, gain, shift, s, down = (
+        torch.randn(size, generator=g, device="cuda") for size in ((m, 3072), (m, 1), 3072, 3072, 3072, (32, 3072))
+    )
+    x = (x + far * center).bfloat16()
+    gain, shift, s, down = ((part / size).bfloat16() for part, size in ((gain, 3), (shift, 3), (s, 1), (down, 55)))
+    variance, mean = torch.var_mean(x.double(), 1, correction=0, keepdim=True)
+    modulation = (mean.float(), variance.rsqrt().float(), gain, shift)
+    actual = prepare(x, s, torch.tensor(0.01, device="cuda"), down, "fp8", modulation=modulation)[2].double().sum(0)
+    wide = (x.double() - mean) * variance.rsqrt() * (1 + gain.double()) + shift.double()
+    low = (modulated(x, modulation) * s).float() @ down.float().t()
+    assert_within_budget(actual.bfloat16(), wide * s.double() @ down.double().t(), low_precision=low.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,7 +126,7 @@ def test_refuses(change, message):
 @pytest.mark.parametrize("rank", [0, 32, 128])
 @pytest.mark.parametrize("m", [600, 4096])
 def test_compiles_without_spills(operand, rank, m):
-    constants = activation.configuration(m, 3072, rank, operand)
+    constants = activation.configuration(m, 3072, rank, operand, True)
     warps = constants.pop("num_warps")
     types = dict.fromkeys(("x_ptr", "s_ptr", "gain_ptr", "shift_ptr", "down_ptr"), "*bf16")
     types |= dict.fromkeys(("t_ptr", "mean_ptr", "deviation_ptr", "partials_ptr"), "*fp32")

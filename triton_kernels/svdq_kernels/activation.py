@@ -5,7 +5,9 @@
     partials = x @ (s * L2).T           per slice of K, float32; their sum is the low-rank branch's h
 
 The product with L2 takes s on L2's side, so that x goes from memory to the tensor core untouched; that rounds L2 * s
-where the formula rounds x * s, to the same number of bits.
+where the formula rounds x * s, to the same number of bits. So it does with an x that is normalised and modulated first:
+
+    h = ((x - mean) @ D.T) * deviation + (s * L2) @ shift        D = L2 * s * (1 + gain), rounded as L2 * s
 """
 
 import torch
@@ -35,16 +37,14 @@ def smooth(x, s):
 
 
 @triton.jit
-def modulated(x, mean, deviation, gain_ptr, shift_ptr, offs_k, mask_k):
-    """``(x - mean) * deviation * (1 + gain) + shift``, rounded once to x's dtype.
+def modulated(x, mean, deviation, gain, shift):
+    """``(x - mean) * deviation * gain + shift``, rounded once to x's dtype.
 
     Args:
         x: 16-bit float [BLOCK_M, BLOCK_K].
         mean, deviation: float32 [BLOCK_M].
-        gain_ptr, shift_ptr: [K], the same for all tokens.
+        gain, shift: float32 [BLOCK_K], the same for all tokens.
     """
-    gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     normalised = (x.to(tl.float32) - mean[:, None]) * deviation[:, None]
     return (normalised * gain[None, :] + shift[None, :]).to(x.dtype)
 
@@ -169,24 +169,38 @@ def _prepare_kernel(
         deviation = tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
     offs_r = tl.arange(0, RANK if RANK else 16)
     h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
+    if mean_ptr is not None and RANK > 0:
+        of_mean = tl.zeros((RANK, BLOCK_K), dtype=tl.float32)
+        of_shift = tl.zeros((RANK, BLOCK_K), dtype=tl.float32)
     for start in tl.range(0, SPLIT_K, BLOCK_K, num_stages=STAGES):
         offs_k = split * SPLIT_K + start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         mask = mask_m[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
-        if mean_ptr is not None:
-            x = modulated(x, mean, deviation, gain_ptr, shift_ptr, offs_k, mask_k)
-        x_hat = x
         if s_ptr is not None:
             s = tl.load(s_ptr + offs_k, mask=mask_k, other=0.0)
-            x_hat = smooth(x, s)
+        if mean_ptr is not None:
+            gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if RANK > 0:
             mask_down = (offs_r < R)[:, None] & mask_k[None, :]
             down = tl.load(down_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_down, other=0.0)
-            if s_ptr is not None:
+            if mean_ptr is not None:
+                wide = down.to(tl.float32)
+                if s_ptr is not None:
+                    wide *= s.to(tl.float32)[None, :]
+                of_shift += wide * shift[None, :]
+                down = (wide * gain[None, :]).to(down.dtype)
+                of_mean += down.to(tl.float32)
+            elif s_ptr is not None:
                 down = smooth(down, s)
             h = tl.dot(x, tl.trans(down), h)
         if operand_ptr is not None:
+            x_hat = x
+            if mean_ptr is not None:
+                x_hat = modulated(x, mean, deviation, gain, shift)
+            if s_ptr is not None:
+                x_hat = smooth(x_hat, s)
             values = x_hat
             if OPERAND == "fp8":
                 # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
@@ -195,6 +209,9 @@ def _prepare_kernel(
                 values = nvfp4_values(x_hat.to(tl.float32), t[:, None, None])
             values = values.to(operand_ptr.dtype.element_ty)
             tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
+    if mean_ptr is not None and RANK > 0:
+        # The tensor core took x as it lies in memory. L2 is what was rounded, once for the product and for the sum.
+        h = (h - mean[:, None] * tl.sum(of_mean, 1)[None, :]) * deviation[:, None] + tl.sum(of_shift, 1)[None, :]
     if RANK > 0:
         where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
         tl.store(partials_ptr + where, h, mask=mask_m[:, None] & (offs_r < R)[None, :])
@@ -209,11 +226,15 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank)) if rank else 0
 
 
-def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
+def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = False) -> dict[str, int]:
     """Constants of the kernel and its ``num_warps``.
 
     Up to some hundred tokens: many small programs, one step each, because latency is all there is. Many tokens: slices
     of K enough for :data:`PROGRAMS`, so that memory is never idle.
+
+    Args:
+        m, k, rank, operand: M, K, R and the operand; m may be a hint.
+        modulated: whether x is normalised and modulated first.
     """
     warps = 4 if rank <= 64 else 8
     if m < MANY_TOKENS:
@@ -225,12 +246,15 @@ def configuration(m: int, k: int, rank: int, operand: str) -> dict[str, int]:
         return {
             "SPLIT_K": split if k <= 4096 else 2 * split,
             "BLOCK_M": 16 if m <= 64 else 32,
-            "BLOCK_K": 128,
+            "BLOCK_K": 64 if modulated and rank else 128,
             "STAGES": 3 if rank <= 128 else 2,
             "num_warps": warps,
         }
-    splits = max(1, min(-(-PROGRAMS // -(-m // 64)), k // 512, 8))
-    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+    # Modulation changes L2's tile, which is then worth more rows.
+    block_m = 128 if modulated and m > 2048 and 0 < rank <= 64 and operand != "nvfp4" else 64
+    programs = PROGRAMS_MODULATED if modulated else PROGRAMS
+    splits = max(1, min(programs // -(-m // block_m), k // 384, 8))
+    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": block_m, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
 
 FEW_TOKENS = 16
@@ -241,6 +265,9 @@ MANY_TOKENS = 1024
 
 PROGRAMS = 384
 """Programs of 64 tokens and four warps: about three for each multiprocessor of an H100."""
+
+PROGRAMS_MODULATED = 256
+"""The same of a kernel that needs more registers: about two."""
 
 
 def prepare(
@@ -282,7 +309,7 @@ def prepare(
     if modulation is not None:
         check_modulation(x, input_scale, operand, *modulation)
     rank = 0 if lora_down is None else lora_down.shape[0]
-    chosen = dict(config or configuration(m, k, rank, operand))
+    chosen = dict(config or configuration(m, k, rank, operand, modulation is not None))
     warps, split = chosen.pop("num_warps"), chosen["SPLIT_K"]
     if x.stride(1) != 1:
         x = x.contiguous()

@@ -277,7 +277,7 @@ def configuration(m: int, n: int, k: int) -> dict[str, int | bool]:
         # A narrow result has few programs, so each keeps more bytes in flight.
         unroll = 2 if n <= 4096 else 1
     else:
-        block_m, block_n, warps, unroll = 16, 32, 4 if k <= 4096 else 8, 1
+        block_m, block_n, warps, unroll = 16, 32, 4 if n >= 8192 else 8, 1
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
