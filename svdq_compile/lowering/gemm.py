@@ -10,10 +10,26 @@ from .call import Call
 
 def dense(call: Call) -> ir.TensorBox:
     """y [M, N] by the template on dense operands."""
-    return dense_product(call, *operands.prepare(call, call.plan.operand))
+    whole_tiles = has_whole_tiles(call)
+    return dense_product(call, *operands.prepare(call, call.plan.operand, whole_tiles), whole_tiles)
 
 
-def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None):
+def has_whole_tiles(call: Call) -> bool:
+    """Whether the operand ``prepare`` makes for a template gets memory for whole tiles: always a new one, and loaded by
+    tensor descriptors.
+    """
+    from svdq_kernels.dense import uses_tma
+
+    return call.plan.operand == "fp8" and uses_tma(call.capability)
+
+
+def dense_product(
+    call: Call,
+    x: ir.TensorBox,
+    scale_a: ir.TensorBox | None,
+    partials: ir.TensorBox | None,
+    whole_tiles: bool = False,
+) -> ir.TensorBox:
     """y [M, N] by the template, of an activation that is an operand already."""
     from svdq_kernels.dense import uses_tma
 
@@ -25,7 +41,7 @@ def dense_product(call: Call, x: ir.TensorBox, scale_a: ir.TensorBox | None, par
         "svdq_linear",
         [launch.stored(tensor) for tensor in (x, w, scale_b, *present.values())],
         call.layout,
-        dense_constants(call, x, scale_a, partials, factor_b, call.out_features),
+        dense_constants(call, x, scale_a, partials, factor_b, call.out_features, whole_tiles),
         scaled_mm.CHOICE if cublas and _compat.tunes_gemms() else None,
         {"parts": tuple(present), "factor_a": call.factor_a, "factor_b": factor_b},
     )
@@ -38,9 +54,10 @@ def dense_constants(
     partials: ir.TensorBox | None,
     factor_b: float,
     out_features: int,
+    whole_tiles: bool,
 ) -> list[dict[str, object]]:
     """Constants of a template on dense operands, of each configuration to be measured or of the one to take;
-    out_features of all members together.
+    out_features of all members together, whole_tiles as :func:`.operands.prepare` took it.
     """
     from svdq_kernels import dense as kernels
 
@@ -50,6 +67,7 @@ def dense_constants(
         "FACTOR_B": factor_b,
         "CHUNK": kernels.rank_chunk(call.rank),
         "TMA": kernels.uses_tma(call.capability),
+        "WHOLE_TILES": whole_tiles,
     }
     configs = kernels.configurations(call.hint, out_features, x.get_dtype().itemsize, call.capability)
     if not _compat.tunes_gemms():

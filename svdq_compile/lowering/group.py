@@ -48,11 +48,13 @@ def _dense(calls: list[Call]) -> ir.TensorBox:
     from svdq_kernels.dense import uses_tma
 
     first, n = calls[0], sum(call.out_features for call in calls)
-    x, scale_a, partials = operands.prepare(first, first.plan.operand)
+    whole_tiles = gemm.has_whole_tiles(first)
+    x, scale_a, partials = operands.prepare(first, first.plan.operand, whole_tiles)
     weights = [operands.weight(call, x.get_dtype()) for call in calls]
     inputs, parts = _inputs(calls, (x,), [weight[:2] for weight in weights], scale_a, partials)
     template = group_templates.dense(parts, len(calls), uses_tma(first.capability))
-    return _call(calls, template, inputs, gemm.dense_constants(first, x, scale_a, partials, weights[0][2], n))
+    constants = gemm.dense_constants(first, x, scale_a, partials, weights[0][2], n, whole_tiles)
+    return _call(calls, template, inputs, constants)
 
 
 def _blockscaled(calls: list[Call]) -> ir.TensorBox:

@@ -124,7 +124,10 @@ def dense(parts: tuple[str, ...], members: int, tma: bool) -> TritonTemplate:
     ]
     select = [("w", "W")]
     if tma:
-        before[-1] = "x = tl.make_tensor_descriptor(X, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])"
+        before[-1:] = [
+            "rows = descriptor_rows(M, BLOCK_M, WHOLE_TILES)",
+            "x = tl.make_tensor_descriptor(X, [rows, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])",
+        ]
         before += [
             f'w{g} = tl.make_tensor_descriptor(W{g}, [{{{{size("W{g}", 0)}}}}, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])'
             for g in range(members)
@@ -150,7 +153,7 @@ def dense(parts: tuple[str, ...], members: int, tma: bool) -> TritonTemplate:
         before,
         "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)",
         product,
-        ["from svdq_kernels.dense import column_parts, dense_tile, tile_origin"],
+        ["from svdq_kernels.dense import column_parts, dense_tile, descriptor_rows, tile_origin"],
         columns="BLOCK_N // PARTS",
         select=select,
         persistent=True,

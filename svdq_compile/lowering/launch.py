@@ -78,6 +78,15 @@ def contiguous(x: ir.TensorBox) -> ir.TensorBox:
 
 def with_dtype(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:
     """The same memory read as another dtype of the same size."""
+    return _view(x, dtype, x.get_layout().size)
+
+
+def first_rows(x: ir.TensorBox, rows: sympy.Expr | int) -> ir.TensorBox:
+    """The first rows of a buffer."""
+    return _view(x, x.get_dtype(), [rows, *x.get_layout().size[1:]])
+
+
+def _view(x: ir.TensorBox, dtype: torch.dtype, size: Sequence[sympy.Expr | int]) -> ir.TensorBox:
     layout = x.get_layout()
-    fixed = ir.FixedLayout(x.get_device(), dtype, layout.size, layout.stride, layout.offset)
+    fixed = ir.FixedLayout(x.get_device(), dtype, size, layout.stride, layout.offset)
     return ir.TensorBox(ir.ReinterpretView(data=ir.StorageBox(x.data.data), layout=fixed))

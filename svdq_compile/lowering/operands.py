@@ -12,8 +12,12 @@ from .call import Call
 Tensor = ir.TensorBox
 
 
-def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Operand, tensor scale and partial down-projections; as :func:`svdq_kernels.activation.prepare`."""
+def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Operand, tensor scale and partial down-projections; as :func:`svdq_kernels.activation.prepare`.
+
+    Args:
+        whole_tiles: give a new operand memory for whole tiles, of which the one returned is the first M rows.
+    """
     from svdq_kernels import activation as kernels
 
     m, k = call.tokens, call.in_features
@@ -30,7 +34,8 @@ def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Ten
     untouched = s is None and parts is None and x.get_stride()[0] == k
     as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
-    result = x if as_is else launch.empty([m, k], dtype, call.device)
+    rows = kernels.ROWS * _compat.ceildiv(m, kernels.ROWS) if whole_tiles else m
+    result = x if as_is else launch.empty([rows, k], dtype, call.device)
     if not as_is or call.rank:
         arguments = {
             "x_ptr": x,
@@ -54,6 +59,8 @@ def prepare(call: Call, operand: str) -> tuple[Tensor | None, Tensor | None, Ten
         launch.launch(kernels._prepare_kernel, grid, arguments, warps)
     if kernels.sums_partials(call.hint, operand, splits, call.rank):
         partials = _sum_partials(call, partials, splits)
+    if whole_tiles and not as_is:
+        result = launch.first_rows(result, m)
     return None if operand == "none" else result, t, partials
 
 

@@ -58,7 +58,8 @@ def dense(parts: tuple[str, ...], tma: bool) -> TritonTemplate:
     names = ", ".join(f'"{name}"' for name in ("X", "W", "SCALE_B", *parts))
     operands = "x, w = X, W"
     if tma:
-        operands = """x = tl.make_tensor_descriptor(X, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+        operands = """rows = descriptor_rows(M, BLOCK_M, WHOLE_TILES)
+    x = tl.make_tensor_descriptor(X, [rows, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     w = tl.make_tensor_descriptor(W, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])"""
     source = f"""{{{{def_kernel({names})}}}}
     M = {{{{size("X", 0)}}}}
@@ -80,7 +81,7 @@ def dense(parts: tuple[str, ...], tma: bool) -> TritonTemplate:
             acc = columns[i]
             offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
 {_store(" " * 12, columns="BLOCK_N // PARTS")}
-from svdq_kernels.dense import column_parts, dense_tile, tile_origin
+from svdq_kernels.dense import column_parts, dense_tile, descriptor_rows, tile_origin
 """
     return TritonTemplate(name=_name("svdq_dense", parts, tma), grid=persistent_grid, source=source)
 

@@ -158,6 +158,20 @@ def test_an_expanded_weight_needs_no_unpacking():
     assert stems(code) == [name for name in FEED_FORWARD if name != "_expand_kernel"]
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 128), (300, 384)])
+def test_a_new_operand_has_memory_for_whole_tiles(tokens, rows):
+    layer = random_linear(512, 128, compute="fp8", format=Format.FP8_SVD)
+    code = generate(layer, inputs(tokens)[:1])
+    assert f"empty_strided_cuda(({rows}, 128), (128, 1), torch.float8_e4m3fn)" in code
+    (kernel,) = templates(code)
+    assert "WHOLE_TILES : tl.constexpr = True" in kernel.source
+
+
+def test_the_operand_another_gemm_writes_ends_at_its_last_row():
+    (kernel,) = templates(generate(MLP("fp8"), inputs()))
+    assert "WHOLE_TILES : tl.constexpr = False" in kernel.source
+
+
 @pytest.mark.parametrize("mode", ["fp8", "nvfp4"])
 def test_a_dynamic_scale_is_one_launch_more(mode):
     code = generate(MLP(mode, dynamic=True), inputs())

@@ -47,6 +47,18 @@ def assert_right(module, actual, arguments):
     assert_within_budget(actual, oracle, low_precision=module(*arguments))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_rows_behind_the_operand_do_not_matter(tokens, dynamic):
+    module, arguments = Gated("fp8", format=Format.FP8_SVD).cuda(), inputs(tokens)
+    compiled = torch.compile(module, backend="svdq", fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        compiled(*arguments)
+        # What the operand's memory holds before.
+        torch.full((2**19,), float("nan"), device="cuda")
+        assert_right(module, compiled(*arguments), arguments)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"rank": 48}, {"bias": False, "smooth": False}], ids=str)
 def test_one_template_with_its_epilogue(mode, options):

@@ -107,6 +107,14 @@ def rounded(args):
     return h[None].to(args["lora_up"].dtype)
 
 
+def before_rubbish(x_q):
+    """The same operand with memory for whole tiles, NaN behind it."""
+    m, k = x_q.shape
+    rows = torch.full((-(-m // 128) * 128, k), float("nan"), device=x_q.device).to(x_q.dtype)
+    rows[:m] = x_q
+    return rows[:m]
+
+
 def interpreted(make):
     """Arguments for Triton's interpreter, which multiplies float16 and e4m3, but bits of bfloat16."""
     shapes = [
@@ -132,6 +140,7 @@ def interpreted(make):
 def test_in_the_interpreter(major, tmp_path):
     exact, close = interpreted(make_exact), interpreted(make)
     exact += [{**args, "partials": rounded(args)} for args in exact if args["partials"] is not None]
+    exact += [{**args, "x_q": before_rubbish(args["x_q"])} for args in exact]
     cases = [("multiply", tuple(args.values())) for args in exact + close]
     results = run_script(APPLY, cases, tmp_path, "cpu", str(major))
     for args, actual in zip(exact, results):
@@ -144,6 +153,19 @@ def test_in_the_interpreter(major, tmp_path):
 @given(st.builds(make_exact, *SIZES))
 def test_exact_sums(args):
     assert_bits_equal(multiply(**args), formula(args, torch.float64).to(args["out_dtype"]))
+
+
+@gpu
+@given(st.builds(make_exact, *SIZES))
+def test_rows_behind_the_operand_do_not_matter(args):
+    padded = {**args, "x_q": before_rubbish(args["x_q"])}
+    assert_bits_equal(multiply(**padded), formula(args, torch.float64).to(args["out_dtype"]))
+
+
+@pytest.mark.parametrize(("first", "rows"), [(0, 128), (1, 70), (58, 70)])
+def test_a_descriptor_stays_inside_the_storage(first, rows):
+    x_q = torch.empty(128, 16, dtype=torch.bfloat16)[first : first + 70]
+    assert dense.rows_in_memory(x_q, 64) == rows
 
 
 @gpu

@@ -221,6 +221,15 @@ TOKEN_SCALE_BLOCK = 1024
 """Columns a step of the kernel that finds a token's scale takes."""
 
 
+ROWS = 128
+"""Most rows of a tile of an operand, for few tokens."""
+
+
+def padded_rows(m: int) -> int:
+    """Rows an operand is given memory for, so that a GEMM's tiles end inside of it."""
+    return -(-m // ROWS) * ROWS
+
+
 def padded_rank(rank: int) -> int:
     """The rank as tl.dot takes it: a power of two of at least 16; 0 stays 0."""
     return max(16, triton.next_power_of_2(rank)) if rank else 0
@@ -297,9 +306,10 @@ def prepare(
             modulated with first, as :func:`modulated` says. Not with a scale per token.
 
     Returns:
-        The operand [M, K], contiguous: float8_e4m3fn for ``fp8``, else x's 16-bit dtype (bfloat16 for float32); None
-        for ``none``. t: the one given, float32 [M, 1], or None for ``plain`` and ``none``.
-        Partials float32 [S, M, R], or where :func:`sums_partials` says so their sum [1, M, R] in x's dtype; or None.
+        The operand [M, K], contiguous, a new one the first rows of :func:`padded_rows`: float8_e4m3fn for ``fp8``, else
+        x's 16-bit dtype (bfloat16 for float32); None for ``none``. t: the one given, float32 [M, 1], or None for
+        ``plain`` and ``none``. Partials float32 [S, M, R], or where :func:`sums_partials` says so their sum [1, M, R]
+        in x's dtype; or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -320,7 +330,7 @@ def prepare(
     as_is = operand == "none" or (operand == "plain" and untouched)
     narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     dtype = torch.float8_e4m3fn if operand == "fp8" else x.dtype if operand == "plain" else narrow
-    result = x if as_is else torch.empty(m, k, dtype=dtype, device=x.device)
+    result = x if as_is else torch.empty(padded_rows(m), k, dtype=dtype, device=x.device)[:m]
     scaled = operand in TOKEN_RANGE
     t = input_scale if scaled else None
     dynamic = scaled and input_scale is None

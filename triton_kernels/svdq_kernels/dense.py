@@ -29,6 +29,18 @@ def next_tile(start, tiles):
 
 
 @triton.jit
+def descriptor_rows(M, BLOCK_M: tl.constexpr, WHOLE_TILES: tl.constexpr):
+    """Rows of an operand that a tensor descriptor covers: M, or those of whole tiles where there is memory for them.
+
+    The copy engine is slow at rows beyond a descriptor. Those behind M hold anything, and no result depends on them.
+    """
+    rows = M
+    if WHOLE_TILES:
+        rows = tl.cdiv(M, BLOCK_M) * BLOCK_M
+    return rows
+
+
+@triton.jit
 def product(
     x,
     w,
@@ -369,6 +381,19 @@ def uses_tma(capability: tuple[int, int]) -> bool:
     return capability[0] >= 9
 
 
+def rows_in_memory(x_q: torch.Tensor, block_m: int) -> int:
+    """As :func:`descriptor_rows`, whole tiles where an operand's storage has room for them.
+
+    Args:
+        x_q: [M, K], contiguous.
+        block_m: rows of a tile.
+    """
+    m, k = x_q.shape
+    rows = -(-m // block_m) * block_m
+    room = x_q.untyped_storage().nbytes() // x_q.element_size() - x_q.storage_offset()
+    return rows if rows * k <= room else m
+
+
 def multiply(
     x_q: torch.Tensor,
     w_q: torch.Tensor,
@@ -414,7 +439,8 @@ def multiply(
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        x = TensorDescriptor.from_tensor(x_q, [chosen["BLOCK_M"], chosen["BLOCK_K"]])
+        rows, k = rows_in_memory(x_q, chosen["BLOCK_M"]), x_q.shape[1]
+        x = TensorDescriptor(x_q, [rows, k], [k, 1], [chosen["BLOCK_M"], chosen["BLOCK_K"]])
         w = TensorDescriptor.from_tensor(w_q, [chosen["BLOCK_N"], chosen["BLOCK_K"]])
     tiles = triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"])
     with torch.cuda.device_of(x_q):
