@@ -337,7 +337,7 @@ def best_tile(m: int, n: int) -> str:
     if m > 512:
         return "many"
     if n >= 8192:
-        return "wide" if m > 64 else "wide and flat"
+        return "wide and flat" if m <= 64 else "many" if 128 < m <= 256 else "wide"
     return "wide" if m > 256 else "narrow" if m > 128 else "narrow and flat"
 
 
