@@ -368,7 +368,10 @@ def prepare(
 
 def sums_partials(m: int, operand: str, splits: int, rank: int) -> bool:
     """Whether :func:`prepare` hands out the sum of the partial down-projections rather than all of them."""
-    return rank > 0 and splits > 1 and (operand == "fp8" or (m > FEW_TOKENS and operand != "none"))
+    if operand == "fp8":
+        # One token's parts are a few kilobytes, which the GEMM adds in less time than another kernel takes.
+        return rank > 0 and splits > 1 and (m > 1 or rank > 32)
+    return rank > 0 and splits > 1 and m > FEW_TOKENS and operand != "none"
 
 
 def check_modulation(x, input_scale, operand, mean, deviation, gain, shift) -> None:

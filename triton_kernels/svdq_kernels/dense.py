@@ -206,7 +206,7 @@ def dense_tile(
     offs_m = origin_m + tl.arange(0, BLOCK_M)
     offs_n = origin_n + tl.arange(0, BLOCK_N)
     # A low-rank branch that fits the registers is on its way while the main loop runs.
-    EARLY: tl.constexpr = SPLITS == 1 and R <= CHUNK
+    EARLY: tl.constexpr = (SPLITS == 1 or BLOCK_M == 64) and R <= CHUNK
     if R > 0 and EARLY:
         h, up = load_low_rank(partials_ptr, up_ptr, offs_m, offs_n, M, N, 0, R, SPLITS, CHUNK)
     acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
