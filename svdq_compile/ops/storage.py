@@ -17,7 +17,7 @@ from ..spec import STORAGES, Format, LinearSpec
 from .reference import fp8_weight
 from .weight import SVDQWeight
 
-ONE_VECTOR = re.compile(r"(^|\.)(\w+_mod|\w*modulation\w*|norm\w*|ada\w*|time\w*)\.")
+ONE_VECTOR = re.compile(r"(^|\.)(\w+_mod|\w*modulation\w*|norm\w*|ada_?(ln|LN|norm)\w*|time\w*)\.")
 """Modules of diffusers' transformers whose linears see a vector per picture, the time step's."""
 
 

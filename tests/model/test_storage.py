@@ -63,6 +63,8 @@ def test_what_sees_one_vector_a_picture_stays_packed(folder):
         ("transformer_blocks.7.norm1_context.linear", True),
         ("norm_out.linear", True),
         ("adaln_single.linear", True),
+        ("blocks.3.adaLN_modulation.1", True),
+        ("adapter.proj", False),
         ("time_text_embed.timestep_embedder.linear_1", True),
         ("transformer_blocks.0.attn.to_q", False),
         ("transformer_blocks.0.img_mlp.net.0.proj", False),
