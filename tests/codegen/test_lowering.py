@@ -158,6 +158,17 @@ def test_an_expanded_weight_needs_no_unpacking():
     assert stems(code) == [name for name in FEED_FORWARD if name != "_expand_kernel"]
 
 
+def test_smoothing_of_a_few_tokens_is_part_of_what_comes_before():
+    class Modulation(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.SiLU(), random_linear(512, 128, compute="fp8", rank=0))
+
+    code = generate(Modulation(), inputs(1)[:1])
+    assert stems(code) == ["triton_poi_fused_linear_silu", "triton_tem"]
+    pointwise = next(kernel for kernel in kernels(code) if kernel.name.startswith("triton_poi"))
+    assert pointwise.source.count("tl.load(") == 2
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 128), (300, 384)])
 def test_a_new_operand_has_memory_for_whole_tiles(tokens, rows):
     layer = random_linear(512, 128, compute="fp8", format=Format.FP8_SVD)
