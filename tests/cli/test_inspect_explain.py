@@ -78,7 +78,9 @@ def test_explain_shows_the_storage_and_what_auto_means(checkpoint, capsys):
         nbytes[storage] = row["nbytes"]
     assert nbytes["expanded"] > nbytes["packed"]
     assert main([*words[:-1], "--storage", "expanded"]) == 0
-    assert "14 x fp8_svd, expanded, compute fp8: reference" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "12 x fp8_svd, expanded, compute fp8: reference" in text
+    assert "2 x nvfp4, packed, compute nvfp4: reference" in text
 
 
 def test_a_storage_that_has_not_what_the_mode_needs(checkpoint, capsys):
