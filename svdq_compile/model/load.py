@@ -80,7 +80,8 @@ def load_transformer(
             checkpoint's. Packed tensors keep theirs always.
         compute: ``auto`` (by device), ``nvfp4`` (what block-scaled hardware computes), ``fp8``, ``bf16`` or
             ``modelopt`` (ModelOpt's own simulation); see :mod:`svdq_compile.ops.modes`.
-        storage: ``packed`` (as the files have it) or ``expanded`` (NVFP4 weights as FP8, for ``fp8`` and ``bf16``).
+        storage: ``packed`` (as the files have it) or ``expanded`` (NVFP4 weights as FP8, for ``fp8`` and ``bf16``,
+            but for linears that see one vector per picture).
         quantize: for an unquantised checkpoint: ``nvfp4`` or ``nvfp4_svd`` quantises its linears while they load,
             without data: no smoothing, activation scale per token.
         rank: rank of the low-rank branch with ``quantize="nvfp4_svd"``.

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from ..passes.base import Report
 from ..passes.insert_linear import insert_linear
+from ..passes.pipeline import rewrite
 
 
 def captured(function: Callable, *inputs: object) -> torch.fx.GraphModule:
@@ -50,6 +51,34 @@ class RecordingBackend:
     def count(self, target: object) -> int:
         """How many nodes of all graphs call ``target``."""
         return sum(len(g.graph.find_nodes(op="call_function", target=target)) for g in self.graphs)
+
+
+class PassRecorder(RecordingBackend):
+    """All passes of the ``svdq`` backend, whose graphs run as they are; ``reports`` holds those of all passes, by name.
+
+    Args:
+        name: the pass that ``report`` is about.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(lower=False)
+        self.name = name
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs, **kwargs):
+        self.reports.append(rewrite(gm))
+        self.graphs.append(gm)
+        return gm.forward
+
+    @property
+    def report(self) -> Report:
+        """Of the only graph."""
+        (reports,) = self.reports
+        return reports[self.name]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the pass left what it left in the only graph."""
+        return [reason for _, reason in self.report.left]
 
 
 def unique_graphs() -> int:

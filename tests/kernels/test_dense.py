@@ -12,7 +12,7 @@ from svdq_compile.testing.tensors import run_script
 
 pytest.importorskip("triton")
 
-from svdq_kernels import dense
+from svdq_kernels import activation, dense
 from svdq_kernels.dense import multiply
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
@@ -160,6 +160,12 @@ def test_exact_sums(args):
 def test_rows_behind_the_operand_do_not_matter(args):
     padded = {**args, "x_q": before_rubbish(args["x_q"])}
     assert_bits_equal(multiply(**padded), formula(args, torch.float64).to(args["out_dtype"]))
+
+
+def test_an_operand_has_memory_for_whole_tiles_of_every_size():
+    for block_m, *_ in (*dense.HOPPER_TILES.values(), *dense.OTHER_TILES.values()):
+        assert activation.ROWS % block_m == 0
+    assert [activation.padded_rows(m) for m in (0, 1, 128, 129)] == [0, 128, 128, 256]
 
 
 @pytest.mark.parametrize(("first", "rows"), [(0, 128), (1, 70), (58, 70)])

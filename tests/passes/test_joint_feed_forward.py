@@ -10,9 +10,9 @@ from svdq_compile.ops.joint_feed_forward import joint_feed_forward
 from svdq_compile.ops.modulated_norm import modulated_norm
 from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import SMALL
+from svdq_compile.testing.graphs import PassRecorder
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.random_model import random_transformer
-from svdq_compile.testing.recorder import Recorder
 from svdq_compile.testing.weights import random_linear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_an_h100")
@@ -27,7 +27,7 @@ def assert_same(actual, expected):
 
 def compiled(module, inputs, **options):
     """The recorder of a module whose results stay as they are."""
-    recorder = Recorder("joint_feed_forward")
+    recorder = PassRecorder("joint_feed_forward")
     with torch.no_grad():
         expected = module(*(each.clone() for each in inputs))
         assert_same(torch.compile(module, backend=recorder, fullgraph=True, **options)(*inputs), expected)
@@ -79,7 +79,7 @@ def test_every_block_of_one_graph():
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_sizes_change(dynamic):
     """One graph serves all sizes of a kind; few tokens are another kind, whose linears are apart."""
-    block, recorder = Block("mixed"), Recorder("joint_feed_forward")
+    block, recorder = Block("mixed"), PassRecorder("joint_feed_forward")
     run = torch.compile(block, backend=recorder, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for sizes in ((24, 20), (24, 23), (36, 30), (50, 18)):

@@ -13,9 +13,9 @@ from svdq_compile.ops.linear_group import linear_group
 from svdq_compile.ops.modulated_norm import modulated_norm
 from svdq_compile.testing.checkpoints import SMALL, example_inputs
 from svdq_compile.testing.fake_gpu import compile_on_fake_gpu, fake_gpu
+from svdq_compile.testing.graphs import PassRecorder
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.random_model import random_transformer
-from svdq_compile.testing.recorder import Recorder
 from svdq_compile.testing.weights import random_linear, share_activation
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -58,7 +58,7 @@ def block_inputs(batch=2, image=24, text=20):
 @pytest.mark.parametrize("recipe", ["all", "nvfp4", "fp8"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_real_block(recipe, dynamic):
-    block, inputs, recorder = Block(recipe), block_inputs(), Recorder("joint_heads")
+    block, inputs, recorder = Block(recipe), block_inputs(), PassRecorder("joint_heads")
     actual = torch.compile(block, backend=recorder, fullgraph=True, dynamic=dynamic)(*inputs)
     assert_same(actual, block(*inputs))
     assert (len(recorder.report.matched), recorder.report.left) == (1, ())
@@ -75,7 +75,7 @@ def test_a_real_block(recipe, dynamic):
 
 @pytest.mark.usefixtures("on_an_h100")
 def test_a_batch_with_masks():
-    block, inputs, recorder = Block(), block_inputs(), Recorder("joint_heads")
+    block, inputs, recorder = Block(), block_inputs(), PassRecorder("joint_heads")
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1, 12:] = False
     actual = torch.compile(block, backend=recorder, fullgraph=True)(*inputs, mask)
@@ -87,7 +87,7 @@ def test_a_batch_with_masks():
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_sizes_change(dynamic):
     """One graph serves all sizes of a kind; few tokens are another kind, which no kernel computes in one."""
-    block, recorder = Block(), Recorder("joint_heads")
+    block, recorder = Block(), PassRecorder("joint_heads")
     compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=dynamic)
     for sizes in ((24, 20), (24, 23), (36, 30), (50, 18), (19, 70)):
         inputs = block_inputs(1, *sizes)
@@ -105,7 +105,7 @@ def test_sizes_change(dynamic):
 
 @pytest.mark.usefixtures("on_an_h100")
 def test_eps_is_guarded_where_it_is_an_input():
-    block, inputs, recorder = Block(), block_inputs(), Recorder("joint_heads")
+    block, inputs, recorder = Block(), block_inputs(), PassRecorder("joint_heads")
     compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=True)
     compiled(*inputs)
     attn = block.block.attn
@@ -122,7 +122,7 @@ def test_eps_is_guarded_where_it_is_an_input():
 @pytest.mark.usefixtures("on_an_h100")
 def test_a_whole_model_views_each_table_once():
     model = random_transformer(CONFIG | {"num_layers": 3}, recipe="all", rank=8, blocks_kept=0, compute="fp8")
-    inputs, recorder = example_inputs(model, height=8, width=8, text=20), Recorder("joint_heads")
+    inputs, recorder = example_inputs(model, height=8, width=8, text=20), PassRecorder("joint_heads")
     compiled = torch.compile(model, backend=recorder, fullgraph=True)
     assert_bits_equal(compiled(**inputs)[0], model(**inputs)[0])
     assert len(recorder.report.matched) == 3
@@ -140,7 +140,7 @@ def test_a_whole_model_views_each_table_once():
     ],
 )
 def test_a_block_no_kernel_computes_in_one(compute, config, reason):
-    block, recorder = Block(compute=compute, **config), Recorder("joint_heads")
+    block, recorder = Block(compute=compute, **config), PassRecorder("joint_heads")
     *inputs, image_table, text_table = block_inputs()
     half = config.get("attention_head_dim", HEAD_DIM) // 2
     inputs = *inputs, image_table[:, :half], text_table[:, :half]
@@ -153,7 +153,7 @@ def test_a_block_no_kernel_computes_in_one(compute, config, reason):
 
 
 def test_other_devices_get_what_they_always_got():
-    block, recorder = Block(), Recorder("joint_heads")
+    block, recorder = Block(), PassRecorder("joint_heads")
     compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=True)
     for inputs in (block_inputs(), block_inputs(text=5)):
         assert_same(compiled(*inputs), block(*inputs))
@@ -164,7 +164,7 @@ def test_other_devices_get_what_they_always_got():
 
 @pytest.mark.parametrize(("capability", "matched"), [((8, 0), 0), ((9, 0), 1), ((10, 0), 0)])
 def test_the_gpu_decides(capability, matched):
-    recorder = Recorder("joint_heads")
+    recorder = PassRecorder("joint_heads")
 
     def backend(gm, example_inputs):
         recorder(gm, example_inputs)
@@ -241,7 +241,7 @@ def attention_inputs(batch=2, text=9, image=12):
 
 def rewritten(module, inputs=None, **options):
     """What the passes did to a module, whose results must not change."""
-    recorder, inputs = Recorder("joint_heads"), inputs or attention_inputs()
+    recorder, inputs = PassRecorder("joint_heads"), inputs or attention_inputs()
     actual = torch.compile(module, backend=recorder, fullgraph=True, **options)(*inputs)
     assert_same(actual, module(*inputs))
     return recorder
@@ -420,7 +420,7 @@ MODULES = {
 
 @pytest.mark.usefixtures("on_an_h100")
 def test_norms_that_are_trained_are_left():
-    module, recorder = Attention(), Recorder("joint_heads")
+    module, recorder = Attention(), PassRecorder("joint_heads")
     weight = module.norms[0].weight.requires_grad_()
     with torch.enable_grad():
         results = torch.compile(module, backend=recorder, fullgraph=True)(*attention_inputs())

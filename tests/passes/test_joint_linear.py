@@ -9,9 +9,9 @@ from svdq_compile.ops.joint_linear import joint_linear
 from svdq_compile.ops.linear import linear
 from svdq_compile.spec import Format
 from svdq_compile.testing.checkpoints import SMALL, example_inputs
+from svdq_compile.testing.graphs import PassRecorder
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.random_model import random_transformer
-from svdq_compile.testing.recorder import Recorder
 from svdq_compile.testing.weights import random_linear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -49,7 +49,7 @@ def block_inputs(batch=2, image=24, text=20):
 @pytest.mark.parametrize("recipe", ["all", "mixed", "nvfp4", "fp8"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_real_block(recipe, dynamic):
-    block, inputs, recorder = Block(recipe), block_inputs(), Recorder("joint_linear")
+    block, inputs, recorder = Block(recipe), block_inputs(), PassRecorder("joint_linear")
     actual = torch.compile(block, backend=recorder, fullgraph=True, dynamic=dynamic)(*inputs)
     assert_same(actual, block(*inputs))
     assert (len(recorder.report.matched), recorder.report.left) == (1, ())
@@ -61,7 +61,7 @@ def test_a_real_block(recipe, dynamic):
 @pytest.mark.usefixtures("on_an_h100")
 def test_a_whole_model():
     model = random_transformer(CONFIG | {"num_layers": 3}, recipe="all", rank=8, blocks_kept=0, compute="fp8")
-    inputs, recorder = example_inputs(model, height=8, width=8, text=20), Recorder("joint_linear")
+    inputs, recorder = example_inputs(model, height=8, width=8, text=20), PassRecorder("joint_linear")
     compiled = torch.compile(model, backend=recorder, fullgraph=True)
     assert_bits_equal(compiled(**inputs)[0], model(**inputs)[0])
     assert len(recorder.report.matched) == 3
@@ -70,7 +70,7 @@ def test_a_whole_model():
 @pytest.mark.usefixtures("on_an_h100")
 def test_sizes_change():
     """One graph serves all sizes of a kind; few tokens are another kind, which no kernel computes in one."""
-    block, recorder = Block(), Recorder("joint_linear")
+    block, recorder = Block(), PassRecorder("joint_linear")
     compiled = torch.compile(block, backend=recorder, fullgraph=True, dynamic=True)
     for sizes in ((24, 20), (24, 23), (36, 30), (50, 18), (19, 70)):
         inputs = block_inputs(1, *sizes)
@@ -87,7 +87,7 @@ def test_sizes_change():
     ("compute", "reason"), [("bf16", "no e4m3 GEMM"), ("nvfp4", "no e4m3 GEMM"), ("modelopt", "ModelOpt's")]
 )
 def test_a_block_no_kernel_computes_in_one(compute, reason):
-    block, recorder, inputs = Block(compute=compute), Recorder("joint_linear"), block_inputs()
+    block, recorder, inputs = Block(compute=compute), PassRecorder("joint_linear"), block_inputs()
     assert_same(torch.compile(block, backend=recorder, fullgraph=True)(*inputs), block(*inputs))
     assert recorder.report.matched == ()
     assert len(recorder.report.left) == 2
@@ -154,7 +154,7 @@ def behind_inputs(batch=2, image=24, text=20, width=WIDTH):
 
 def rewritten(module, inputs=None, **options):
     """What the pass did to a module, whose results must not change."""
-    recorder, inputs = Recorder("joint_linear"), inputs or behind_inputs()
+    recorder, inputs = PassRecorder("joint_linear"), inputs or behind_inputs()
     actual = torch.compile(module, backend=recorder, fullgraph=True, **options)(*inputs)
     assert_same(actual, module(*inputs))
     return recorder
@@ -266,7 +266,7 @@ def test_other_widths_are_left():
 
 @pytest.mark.usefixtures("on_an_h100")
 def test_a_trained_gate_is_left():
-    inputs, recorder = behind_inputs(), Recorder("joint_linear")
+    inputs, recorder = behind_inputs(), PassRecorder("joint_linear")
     inputs[3].requires_grad_()
     with torch.enable_grad():
         results = torch.compile(Behind(), backend=recorder, fullgraph=True)(*inputs)

@@ -222,7 +222,7 @@ TOKEN_SCALE_BLOCK = 1024
 
 
 ROWS = 128
-"""Most rows of a tile of an operand, for few tokens."""
+"""A multiple of the rows of every tile that reads an operand."""
 
 
 def padded_rows(m: int) -> int:
