@@ -31,7 +31,8 @@ def lower(
     log.debug("svdq::feed_forward %s tokens: %s", first.tokens, reason or "one kernel up to the second operand")
     if reason:
         return linear.lower(_gelu(linear.lower(x, *up, compute_up)), *down, compute_down)
-    y = gemm.dense_product(second, *second_operand(first, second))
+    [weight] = operands.weights([first], torch.float8_e4m3fn)
+    y = gemm.dense_product(second, *second_operand(first, second, weight))
     return launch.reshape(y, [*second.leading, second.out_features])
 
 
@@ -67,16 +68,22 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
     return cast(div(wide, add(exp2(exponent), 1.0)), x.get_dtype())
 
 
-def second_operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
+def second_operand(
+    first: Call, second: Call, weight: tuple[ir.TensorBox, ir.TensorBox, float]
+) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
     """Operand, tensor scale and down-projection of the second linear; as
     :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`.
+
+    Args:
+        first, second: the linears.
+        weight: the first one's, of :func:`.operands.weights`.
     """
     from svdq_kernels import activation, dense
     from svdq_kernels import feed_forward as kernels
 
     m, n = first.tokens, first.out_features
     x, scale_a, partials = operands.prepare(first, first.plan.operand)
-    w, scale_b, factor_b = operands.weight(first, x.get_dtype())
+    w, scale_b, factor_b = weight
     config = kernels.configuration(first.hint, n, first.capability)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     tma = dense.uses_tma(first.capability)
@@ -114,5 +121,4 @@ def second_operand(first: Call, second: Call) -> tuple[ir.TensorBox, ir.TensorBo
     }
     grid = [dense.multiprocessors(first.device), 1, 1]
     launch.launch(kernels._gelu_quantize_kernel, grid, tensors | sizes | constants | config, **options)
-    down = _compat.lowerings[aten.sum.dim_IntList](slices, [0], True) if second.rank else None
-    return result, scale, down
+    return result, scale, operands.sum_partials(second, slices) if second.rank else None

@@ -33,7 +33,7 @@ def dense_product(
     """y [M, N] by the template, of an activation that is an operand already."""
     from svdq_kernels.dense import uses_tma
 
-    w, scale_b, factor_b = operands.weight(call, x.get_dtype())
+    [(w, scale_b, factor_b)] = operands.weights([call], x.get_dtype())
     present = _optional(call, scale_a, partials)
     cublas = call.plan.operand == "fp8" and not call.dynamic and call.out_features % 16 == 0
     return _compat.template_call(

@@ -50,7 +50,7 @@ def _dense(calls: list[Call]) -> ir.TensorBox:
     first, n = calls[0], sum(call.out_features for call in calls)
     whole_tiles = gemm.has_whole_tiles(first)
     x, scale_a, partials = operands.prepare(first, first.plan.operand, whole_tiles)
-    weights = [operands.weight(call, x.get_dtype()) for call in calls]
+    weights = operands.weights(calls, x.get_dtype())
     inputs, parts = _inputs(calls, (x,), [weight[:2] for weight in weights], scale_a, partials)
     template = group_templates.dense(parts, len(calls), uses_tma(first.capability))
     constants = gemm.dense_constants(first, x, scale_a, partials, weights[0][2], n, whole_tiles)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from .._compat import ir
 from ..ops.plan import separate
-from . import feed_forward
+from . import feed_forward, operands
 from .joint_linear import gated_sums, residual_product
 
 log = logging.getLogger(__name__)
@@ -41,5 +43,6 @@ def lower(
     )
     if any(reasons):
         return gated_sums([feed_forward.lower(*layer, compute_up, compute_down) for layer in layers], residual, gate)
-    prepared = [feed_forward.second_operand(*calls) for calls in streams]
+    weights = operands.weights([up for up, _ in streams], torch.float8_e4m3fn)
+    prepared = [feed_forward.second_operand(*calls, weight) for calls, weight in zip(streams, weights, strict=True)]
     return residual_product([down for _, down in streams], prepared, residual, gate)

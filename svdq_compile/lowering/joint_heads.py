@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from .. import _compat
 from .._compat import ir
 from ..ops.joint_heads import MEMBERS, group_arguments, joint_heads
@@ -42,7 +44,12 @@ def lower(
     batch, n = any_call.leading[0], any_call.out_features
     sequence = sum(calls[0].leading[1] for calls in streams)
     out = [launch.empty([batch, sequence, n], any_call.dtype, any_call.device) for _ in range(MEMBERS)]
-    own = [_arguments(*each) for each in zip(streams, (norms[:2], norms[2:]), freqs, strict=True)]
+    operand = [operands.prepare(calls[0], calls[0].plan.operand) for calls in streams]
+    weights = operands.weights([call for calls in streams for call in calls], torch.float8_e4m3fn)
+    per_stream = zip(
+        streams, operand, (weights[:MEMBERS], weights[MEMBERS:]), (norms[:2], norms[2:]), freqs, strict=True
+    )
+    own = [_arguments(*each) for each in per_stream]
     hint = max(calls[0].hint for calls in streams)
     config = kernels.configuration(hint, n, head_dim, any_call.capability)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
@@ -67,16 +74,22 @@ def _calls(x: Tensor, stream: Sequence[Tensor | None], compute: str) -> list[Cal
     return [Call(x, *own, input_scale, pre_quant_scale, lora_down, up, b, compute) for *own, up, b in members]
 
 
-def _arguments(calls: list[Call], norms: Sequence[Tensor | None], freqs: Tensor) -> dict[str, object]:
+def _arguments(
+    calls: list[Call],
+    operand: tuple[Tensor, Tensor | None, Tensor | None],
+    weights: Sequence[tuple[Tensor, Tensor, float]],
+    norms: Sequence[Tensor | None],
+    freqs: Tensor,
+) -> dict[str, object]:
     """One stream's arguments of the kernel; as :func:`svdq_kernels.heads.stream_arguments`."""
     from svdq_kernels import dense
     from svdq_kernels import heads as kernels
 
     stream = calls[0]
-    x, scale_a, partials = operands.prepare(stream, stream.plan.operand)
-    weights, scales, factors = zip(*(operands.weight(call, x.get_dtype()) for call in calls), strict=True)
+    x, scale_a, partials = operand
+    dense_weights, scales, factors = zip(*weights, strict=True)
     own = {
-        "w": weights,
+        "w": dense_weights,
         "scale_b_ptr": scales,
         "up_ptr": [_contiguous(call.lora_up) for call in calls],
         "bias_ptr": [_contiguous(call.bias) for call in calls],

@@ -71,7 +71,8 @@ def residual_product(
     config = kernels.configuration(sum(call.hint for call in calls), any_call.out_features, any_call.capability)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     outs = [launch.empty([call.tokens, call.out_features], call.dtype, call.device) for call in calls]
-    given = zip(calls, prepared, residual, gate, outs, strict=True)
+    weights = operands.weights(calls, torch.float8_e4m3fn)
+    given = zip(calls, prepared, weights, residual, gate, outs, strict=True)
     arguments = kernels.numbered([_arguments(*stream) for stream in given])
     arguments |= {"N": any_call.out_features, "TMA": dense.uses_tma(any_call.capability)}
     grid = [dense.multiprocessors(any_call.device), 1, 1]
@@ -81,13 +82,18 @@ def residual_product(
 
 
 def _arguments(
-    call: Call, prepared: tuple[Tensor, Tensor | None, Tensor | None], residual: Tensor, gate: Tensor, out: Tensor
+    call: Call,
+    prepared: tuple[Tensor, Tensor | None, Tensor | None],
+    weight: tuple[Tensor, Tensor, float],
+    residual: Tensor,
+    gate: Tensor,
+    out: Tensor,
 ) -> dict[str, object]:
     """What the kernel takes of one stream, by its parameters' names without the number."""
     from svdq_kernels import dense
 
     x, scale_a, partials = prepared
-    w, scale_b, factor_b = operands.weight(call, x.get_dtype())
+    w, scale_b, factor_b = weight
     batch, *rest = call.leading
     gate = launch.contiguous_rows(launch.reshape(gate, [batch, call.out_features]))
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import _compat
@@ -58,14 +60,16 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
         grid = [splits, _compat.ceildiv(m, config["BLOCK_M"]), 1]
         launch.launch(kernels._prepare_kernel, grid, arguments, warps)
     if kernels.sums_partials(call.hint, operand, splits, call.rank):
-        partials = _sum_partials(call, partials, splits)
+        partials = sum_partials(call, partials)
     if whole_tiles and not as_is:
         result = launch.first_rows(result, m)
     return None if operand == "none" else result, t, partials
 
 
-def _sum_partials(call: Call, partials: Tensor, splits: int) -> Tensor:
-    """As :func:`svdq_kernels.projection.sum_partials`."""
+def sum_partials(call: Call, partials: Tensor) -> Tensor:
+    """The sum over S of a linear's partial down-projections [S, M, R]; as
+    :func:`svdq_kernels.projection.sum_partials`.
+    """
     from svdq_kernels import projection as kernels
 
     h = launch.empty([1, call.tokens, call.rank], call.dtype, call.device)
@@ -74,7 +78,7 @@ def _sum_partials(call: Call, partials: Tensor, splits: int) -> Tensor:
         "partials_ptr": partials,
         "h_ptr": h,
         "size": size,
-        "SPLITS": splits,
+        "SPLITS": int(partials.get_size()[0]),
         "BLOCK": kernels.BLOCK,
     }
     launch.launch(kernels._sum_kernel, [_compat.ceildiv(size, kernels.BLOCK), 1, 1], arguments)
@@ -108,29 +112,40 @@ def quantize_packed(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, t
 
 
-def weight(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """The dense weight [N, K] of a dtype, its tensor scale, and what the scale is to be multiplied with."""
+def weights(calls: Sequence[Call], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
+    """Of each linear the dense weight [N, K] of a dtype, its tensor scale, and what the scale is to be multiplied with;
+    packed ones are unpacked as by :func:`svdq_kernels.expand.expand_weights`.
+    """
     from svdq_kernels import expand as kernels
 
-    n, k = call.out_features, call.in_features
-    if not call.packed:
-        stored = launch.contiguous(call.qweight)
-        if dtype != torch.float8_e4m3fn:
-            stored = launch.stored(_compat.lowerings[torch.ops.prims.convert_element_type.default](stored, dtype))
-        return stored, launch.stored(call.weight_scale), 1.0
-    dense = launch.empty([n, k], dtype, call.device)
-    groups = n * k // kernels.GROUP
-    arguments = {
-        "qweight_ptr": launch.contiguous(call.qweight),
-        "scale_ptr": block_scale(call),
-        "out_ptr": dense,
-        "num_groups": groups,
-        "DIVISOR": kernels.divisor(dtype),
-        "GROUP": kernels.GROUP,
-        "BLOCK_G": kernels.BLOCK_G,
-    }
-    launch.launch(kernels._expand_kernel, [-(-groups // kernels.BLOCK_G), 1, 1], arguments, kernels.NUM_WARPS)
-    return dense, launch.stored(call.weight_scale_2), kernels.divisor(dtype)
+    dense = {call: _stored_weight(call, dtype) for call in calls if not call.packed}
+    packed = [call for call in calls if call.packed]
+    for i in range(0, len(packed), kernels.MAX_MEMBERS):
+        dense |= _unpacked(packed[i : i + kernels.MAX_MEMBERS], dtype)
+    return [dense[call] for call in calls]
+
+
+def _stored_weight(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Of a weight that is e4m3 already."""
+    stored = launch.contiguous(call.qweight)
+    if dtype != torch.float8_e4m3fn:
+        stored = launch.stored(_compat.lowerings[torch.ops.prims.convert_element_type.default](stored, dtype))
+    return stored, launch.stored(call.weight_scale), 1.0
+
+
+def _unpacked(calls: Sequence[Call], dtype: torch.dtype) -> dict[Call, tuple[Tensor, Tensor, float]]:
+    """Of the packed weights of one launch."""
+    from svdq_kernels import expand as kernels
+
+    out = [launch.empty([call.out_features, call.in_features], dtype, call.device) for call in calls]
+    codes = [launch.contiguous(call.qweight) for call in calls]
+    scales = [block_scale(call) for call in calls]
+    groups = [call.out_features * call.in_features // kernels.GROUP for call in calls]
+    factor = kernels.divisor(dtype)
+    constants = {"DIVISOR": factor, "GROUP": kernels.GROUP, "BLOCK_G": kernels.BLOCK_G}
+    arguments = kernels.arguments(codes, scales, out, groups) | constants
+    launch.launch(kernels._expand_kernel, [*kernels.grid(groups), 1], arguments, kernels.NUM_WARPS)
+    return {call: (dense, launch.stored(call.weight_scale_2), factor) for call, dense in zip(calls, out, strict=True)}
 
 
 def block_scale(call: Call) -> Tensor:

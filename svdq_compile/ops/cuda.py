@@ -125,22 +125,21 @@ def _dense(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[
     """Activation kernel, unpacked weights, GEMMs on dense operands."""
     from svdq_kernels.activation import prepare
     from svdq_kernels.dense import multiply
-    from svdq_kernels.expand import divisor, expand_nvfp4
+    from svdq_kernels.expand import divisor, expand_weights
 
     packed = members[0].qweight.dtype == torch.uint8
     factor = FP8_SCALE_FACTOR if packed and input_scale is not None and chosen.operand == "fp8" else 1.0
     operand, scale_a, partials = prepare(x, pre_quant_scale, input_scale, lora_down, chosen.operand, factor)
-    results = []
-    for m in members:
-        if packed:
-            weight, scale_b = expand_nvfp4(m.qweight, m.weight_scale, operand.dtype), m.weight_scale_2
-            factor_b = divisor(operand.dtype)
-        else:
-            weight, scale_b, factor_b = m.qweight.contiguous().to(operand.dtype), m.weight_scale, 1.0
-        results.append(
-            multiply(operand, weight, scale_a, scale_b, partials, m.lora_up, m.bias, x.dtype, factor, factor_b)
-        )
-    return results
+    if packed:
+        weights = expand_weights([(m.qweight, m.weight_scale) for m in members], operand.dtype)
+        scales, factor_b = [m.weight_scale_2 for m in members], divisor(operand.dtype)
+    else:
+        weights = [m.qweight.contiguous().to(operand.dtype) for m in members]
+        scales, factor_b = [m.weight_scale for m in members], 1.0
+    return [
+        multiply(operand, weight, scale_a, scale_b, partials, m.lora_up, m.bias, x.dtype, factor, factor_b)
+        for m, weight, scale_b in zip(members, weights, scales, strict=True)
+    ]
 
 
 def _blockscaled(chosen, x, members, input_scale, pre_quant_scale, lora_down) -> list[torch.Tensor]:

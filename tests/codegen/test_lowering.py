@@ -23,7 +23,7 @@ SUMMED = ["_prepare_kernel", "_sum_kernel", "_expand_kernel", "triton_tem"]
 """The same where K is long enough to be projected down in several slices."""
 
 EXPANDED = ["_prepare_kernel", "triton_tem"]
-FEED_FORWARD = [*DENSE[:2], "_gelu_quantize_kernel", "_expand_kernel", "triton_poi_fused_feed_forward", "triton_tem"]
+FEED_FORWARD = [*DENSE[:2], "_gelu_quantize_kernel", "_sum_kernel", "_expand_kernel", "triton_tem"]
 """Two linears with GELU between them: no activation kernel for the second, but a sum of its down-projections."""
 
 BLOCKSCALED = ["_quantize_packed_kernel", "_prepare_kernel", "triton_tem"]

@@ -14,7 +14,7 @@ import triton.language as tl
 from svdq_kernels import dense, fp4, heads
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
-from svdq_kernels.expand import expand_nvfp4
+from svdq_kernels.expand import expand_nvfp4, expand_weights
 from svdq_kernels.feed_forward import multiply_gelu_quantize
 from svdq_kernels.gemv import multiply_few, pair_bits
 from svdq_kernels.projection import sum_partials
@@ -53,6 +53,7 @@ LAUNCHERS = {
     "prepare_modulated": prepare_modulated,
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
+    "expand_weights": expand_weights,
     "sum_partials": sum_partials,
     "multiply_few": multiply_few,
     "pair_bits": pair_bits_of,

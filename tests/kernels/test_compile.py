@@ -106,8 +106,10 @@ def test_expand(capability, dtype):
     if dtype == "fp8e4nv" and capability < E4M3_SINCE:
         pytest.skip("no e4m3 below sm_89")
     scale = "*fp8e4nv" if capability >= E4M3_SINCE else "*u8"
-    types = {"qweight_ptr": "*u8", "scale_ptr": scale, "out_ptr": f"*{dtype}", "num_groups": "i32"}
-    constants = {"DIVISOR": 8.0 if dtype == "fp8e4nv" else 1.0, "GROUP": expand.GROUP, "BLOCK_G": expand.BLOCK_G}
+    kinds = ([kind] * expand.MAX_MEMBERS for kind in ("*u8", scale, f"*{dtype}", "i32"))
+    types = expand.arguments(*kinds)
+    constants = {"MEMBERS": types.pop("MEMBERS"), "GROUP": expand.GROUP, "BLOCK_G": expand.BLOCK_G}
+    constants["DIVISOR"] = 8.0 if dtype == "fp8e4nv" else 1.0
     ptx = compiled(capability, expand._expand_kernel, types, constants, num_warps=expand.NUM_WARPS)
     # A warp moves whole vectors.
     assert "st.global.v4.b32" in ptx

@@ -1,4 +1,4 @@
-"""expand_nvfp4: every code under every block scale, and every shape."""
+"""expand_nvfp4: every code under every block scale, and every shape; expand_weights: the same, in few launches."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ from svdq_compile.testing.tensors import contiguous, move, run_script, transpose
 
 pytest.importorskip("triton")
 
-from svdq_kernels.expand import BLOCK_G, DTYPES, divisor, expand_nvfp4
+from svdq_kernels.expand import BLOCK_G, DTYPES, MAX_MEMBERS, divisor, expand_nvfp4, expand_weights
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8)
@@ -86,6 +86,16 @@ def test_in_the_interpreter(tmp_path):
         assert_same(actual, wanted, exact)
 
 
+def test_several_weights_in_the_interpreter(tmp_path):
+    weights = [
+        weight(n, blocks, seed=seed)
+        for seed, (n, blocks) in enumerate([(11, 13), (3, 5), (0, 5), (90, 13), *[(3, 4)] * 5])
+    ]
+    (actual,) = run_script(APPLY, [("expand_weights", (weights, torch.bfloat16))], tmp_path, "cpu")
+    for own, given_weight in zip(actual, weights, strict=True):
+        assert_same(own, expected(*given_weight, torch.bfloat16))
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +117,15 @@ WEIGHTS = st.builds(
 @given(WEIGHTS, st.sampled_from(DTYPES))
 def test_every_shape(args, dtype):
     assert_same(expand_nvfp4(*move(args, "cuda"), dtype), expected(*args, dtype))
+
+
+@gpu
+@needs_gpu
+@given(st.lists(WEIGHTS, max_size=2 * MAX_MEMBERS), st.sampled_from(DTYPES))
+def test_several_weights(weights, dtype):
+    weights = [move(own, "cuda") for own in weights + weights[:3]]
+    for own, actual in zip(weights, expand_weights(weights, dtype), strict=True):
+        assert_bits_equal(actual, expand_nvfp4(*own, dtype))
 
 
 @gpu

@@ -16,6 +16,7 @@ import triton.language as tl
 from . import dense
 from .activation import check_scales, padded_rank, smooth
 from .dense import column_parts, dense_tile, tile_origin
+from .projection import sum_partials
 
 LINEAR = tl.constexpr(-2.302208198144325)
 """-2 * sqrt(2 / pi) * log2(e): what GELU's tanh form and its exponential in base 2 make of x."""
@@ -256,7 +257,7 @@ def multiply_gelu_quantize(
                 TMA=dense.uses_tma(capability),
                 **config,
             )
-    return operand, slices.sum(0, keepdim=True) if next_rank else None
+    return operand, sum_partials(slices, dtype) if next_rank else None
 
 
 def check(x_q, n, pre_quant_scale, input_scale, lora_down, dtype) -> None:

@@ -7,17 +7,17 @@ import triton.language as tl
 
 @triton.jit
 def _sum_kernel(partials_ptr, h_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """``h = partials[0] + partials[1] + ...`` in this order, rounded once to h's dtype.
+    """``h = partials[0] + partials[1] + ...`` in float32 and in this order, rounded once to h's dtype.
 
     Args:
-        partials_ptr: float32 [SPLITS, size] contiguous.
+        partials_ptr: [SPLITS, size] contiguous.
         h_ptr: [size].
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    h = tl.load(partials_ptr + offs, mask=mask, other=0.0)
+    h = tl.load(partials_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
-        h += tl.load(partials_ptr + split * tl.cast(size, tl.int64) + offs, mask=mask, other=0.0)
+        h += tl.load(partials_ptr + split * tl.cast(size, tl.int64) + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -29,7 +29,7 @@ def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """h, the sum over S, as the tensor cores take it.
 
     Args:
-        partials: float32 [S, M, R], contiguous.
+        partials: float32, bfloat16 or float16 [S, M, R], contiguous.
         dtype: bfloat16 or float16, lora_up's.
 
     Returns:
