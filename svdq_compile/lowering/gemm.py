@@ -133,15 +133,9 @@ def gemv_constants(
         **constants(call, t, partials),
         "IN_FEATURES": call.in_features,
         "FACTOR": kernels.FACTOR,
-        "SPLITS_PADDED": _power_of_two(int(partials.get_size()[0]) if call.rank else 1),
         **kernels.configuration(call.hint, out_features, call.in_features),
         "num_stages": 1,
     }
-
-
-def _power_of_two(size: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (size - 1).bit_length()
 
 
 def _optional(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox | None) -> dict[str, ir.TensorBox]:

@@ -227,9 +227,7 @@ def gemv(parts: tuple[str, ...], members: int) -> TritonTemplate:
         f"acc = scaled(acc, {scale_a}, SCALE_B, offs_m, M, PER_TOKEN, 1.0, FACTOR)",
     ]
     if "UP" in parts:
-        product.append(
-            "acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED)"
-        )
+        product.append("acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK)")
     if "BIAS" in parts:
         product.append("acc = add_bias(acc, BIAS, offs_n, N)")
     source = _source(

@@ -140,7 +140,7 @@ def gemv(parts: tuple[str, ...]) -> TritonTemplate:
     scale_a = "SCALE_A" if "SCALE_A" in parts else "None"
     more = ""
     if "UP" in parts:
-        more += "    acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK, SPLITS, SPLITS_PADDED)\n"
+        more += "    acc = add_low_rank_of_few(acc, PARTIALS, UP, offs_m, offs_n, M, N, RANK)\n"
     if "BIAS" in parts:
         more += "    acc = add_bias(acc, BIAS, offs_n, N)\n"
     source = f"""{{{{def_kernel({names})}}}}

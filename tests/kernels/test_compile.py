@@ -164,7 +164,7 @@ def few_tokens(capability, tokens, shape, dtype="bf16", rank=32):
     types = {"x_ptr": f"*{dtype}", "words_ptr": "*i32", "block_scale_ptr": scale, "scale_b_ptr": "*fp32"}
     types |= {"out_ptr": f"*{dtype}", "scale_a_ptr": "*fp32", "bias_ptr": f"*{dtype}", "M": "i32", "N": "i32"}
     types |= {"partials_ptr": "*fp32", "up_ptr": f"*{dtype}"} if rank else {}
-    constants |= {"K": shape[1], "PER_TOKEN": tokens > 1, "R": rank, "SPLITS": 24, "SPLITS_PADDED": 32, "FACTOR": 128.0}
+    constants |= {"K": shape[1], "PER_TOKEN": tokens > 1, "R": rank, "FACTOR": 128.0}
     result = compile_for(capability, gemv._gemv_kernel, types, constants, num_warps=warps, num_stages=1, aligned=("N",))
     assert result.metadata.shared <= SHARED_MEMORY_BYTES[capability]
     if CUOBJDUMP.exists():

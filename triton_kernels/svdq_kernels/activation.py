@@ -267,7 +267,7 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
 
 
 FEW_TOKENS = 16
-"""Up to here the kernel that reads the packed weight adds all partials itself; it takes no e4m3 operand."""
+"""Up to here the packed weight is read by a kernel of its own."""
 
 MANY_TOKENS = 1024
 """From here on the kernel is bound by memory."""
@@ -368,10 +368,10 @@ def prepare(
 
 def sums_partials(m: int, operand: str, splits: int, rank: int) -> bool:
     """Whether :func:`prepare` hands out the sum of the partial down-projections rather than all of them."""
-    if operand == "fp8":
-        # One token's parts are a few kilobytes, which the GEMM adds in less time than another kernel takes.
-        return rank > 0 and splits > 1 and (m > 1 or rank > 32)
-    return rank > 0 and splits > 1 and m > FEW_TOKENS and operand != "none"
+    if operand == "fp8" and m == 1 and rank <= 32:
+        # A few kilobytes, which the GEMM adds in less time than another kernel takes.
+        return False
+    return rank > 0 and splits > 1 and operand != "none"
 
 
 def check_modulation(x, input_scale, operand, mean, deviation, gain, shift) -> None:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dense import add_bias, check_low_rank, finish_arguments, scaled
+from .dense import add_bias, check_low_rank, finish_arguments, load_low_rank, scaled
 from .fp4 import GROUP, decode_e4m3
 
 MAX_TOKENS = 16
@@ -187,39 +187,17 @@ def few_tokens_product(
 
 
 @triton.jit
-def add_low_rank_of_few(
-    acc,
-    partials_ptr,
-    up_ptr,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    R: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-):
-    """``acc + h @ L1.T`` with ``h = sum of partials``, rounded to L1's dtype as every other kernel does.
+def add_low_rank_of_few(acc, h_ptr, up_ptr, offs_m, offs_n, M, N, R: tl.constexpr):
+    """``acc + h @ L1.T``, h rounded to L1's dtype as every other kernel does.
 
     Args:
         acc: float32 [BLOCK_M, BLOCK_N].
-        partials_ptr: [SPLITS, M, R] contiguous.
+        h_ptr: [M, R] contiguous.
         up_ptr: L1 [N, R] contiguous.
-        SPLITS_PADDED: SPLITS rounded up to a power of two.
     """
-    split = tl.arange(0, SPLITS_PADDED)
-    row = offs_m.to(tl.int64)
     for first in tl.static_range(0, R, 16):
-        offs_r = first + tl.arange(0, 16)
-        mask_r = offs_r < R
-        mask_h = (split < SPLITS)[:, None, None] & (offs_m < M)[None, :, None] & mask_r[None, None, :]
-        where = (split[:, None, None] * M + row[None, :, None]) * R + offs_r[None, None, :]
-        # All at once: one after the other they would take longer than the weight.
-        h = tl.sum(tl.load(partials_ptr + where, mask=mask_h, other=0.0).to(tl.float32), 0)
-        mask_up = (offs_n < N)[:, None] & mask_r[None, :]
-        up = tl.load(up_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :], mask=mask_up, other=0.0)
-        h = h.to(up.dtype).to(tl.float32)
-        acc += tl.sum(h[:, None, :] * up.to(tl.float32)[None, :, :], 2)
+        h, up = load_low_rank(h_ptr, up_ptr, offs_m, offs_n, M, N, first, R, 1, 16)
+        acc += tl.sum(h.to(tl.float32)[:, None, :] * up.to(tl.float32)[None, :, :], 2)
     return acc
 
 
@@ -239,8 +217,6 @@ def _gemv_kernel(
     K: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     R: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     FACTOR: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -257,7 +233,7 @@ def _gemv_kernel(
     offs_n = origin_n + tl.arange(0, BLOCK_N)
     acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, 1.0, FACTOR)
     if R > 0:
-        acc = add_low_rank_of_few(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, SPLITS_PADDED)
+        acc = add_low_rank_of_few(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R)
     if bias_ptr is not None:
         acc = add_bias(acc, bias_ptr, offs_n, N)
     where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -273,9 +249,9 @@ def configuration(m: int, n: int, k: int) -> dict[str, int | bool]:
         n, k: N and K.
     """
     if m <= 8:
-        block_m, block_n, warps = 8, 16, 4 if k <= 4096 else 8
         # A narrow result has few programs, so each keeps more bytes in flight.
-        unroll = 2 if n <= 4096 else 1
+        block_m, block_n, warps = 8, 16, 8 if n <= 4096 or k > 4096 else 4
+        unroll = 2 if n <= 4096 < k else 1
     else:
         block_m, block_n, warps, unroll = 16, 32, 4 if n >= 8192 else 8, 1
     return {
@@ -307,7 +283,7 @@ def multiply_few(
         weight_scale: float8_e4m3fn [N, K/16].
         scale_a: float32, one value, [M, 1] for one per token, or None for 1.
         scale_b: float32, one value.
-        partials: [S, M, R], whose sum over S is h; None without a low-rank branch.
+        partials: h as [1, M, R], float32 or L1's dtype; None without a low-rank branch.
         lora_up: L1 [N, R], bfloat16 or float16; None without a low-rank branch.
         bias: [N] or None.
         config: what :func:`configuration` returns, to override it.
@@ -325,10 +301,13 @@ def multiply_few(
     if k % GROUP or tuple(qweight.shape) != (n, k // 2) or tuple(weight_scale.shape) != (n, k // GROUP):
         raise ValueError(f"weight {tuple(qweight.shape)}, {tuple(weight_scale.shape)} does not fit {k} columns")
     check_low_rank(m, n, partials, lora_up, bias)
+    if partials is not None and partials.shape[0] != 1:
+        raise ValueError(f"partials are {tuple(partials.shape)}, needs their sum")
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     finish = finish_arguments(scale_a, scale_b, partials, lora_up, bias)
+    del finish["SPLITS"]
     chosen = dict(config or configuration(m, n, k))
     # Bits rather than e4m3 values below sm_89, where Triton has none.
     old = torch.cuda.get_device_capability(x.device) < (8, 9)
@@ -343,7 +322,6 @@ def multiply_few(
             N=n,
             K=k,
             **finish,
-            SPLITS_PADDED=triton.next_power_of_2(finish["SPLITS"]),
             FACTOR=FACTOR,
             num_stages=1,
             **chosen,
