@@ -31,8 +31,9 @@ def lower(
     log.debug("svdq::feed_forward %s tokens: %s", first.tokens, reason or "one kernel up to the second operand")
     if reason:
         return linear.lower(_gelu(linear.lower(x, *up, compute_up)), *down, compute_down)
+    prepared = operands.prepare(first, first.plan.operand)
     [weight] = operands.weights([first], torch.float8_e4m3fn)
-    y = gemm.dense_product(second, *second_operand(first, second, weight))
+    y = gemm.dense_product(second, *second_operand(first, second, prepared, weight))
     return launch.reshape(y, [*second.leading, second.out_features])
 
 
@@ -69,20 +70,23 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
 
 
 def second_operand(
-    first: Call, second: Call, weight: tuple[ir.TensorBox, ir.TensorBox, float]
+    first: Call,
+    second: Call,
+    prepared: tuple[ir.TensorBox, ir.TensorBox | None, ir.TensorBox | None],
+    weight: tuple[ir.TensorBox, ir.TensorBox, float],
 ) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
     """Operand, tensor scale and down-projection of the second linear; as
     :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`.
 
     Args:
         first, second: the linears.
-        weight: the first one's, of :func:`.operands.weights`.
+        prepared, weight: the first one's, of :func:`.operands.prepare` and :func:`.operands.weights`.
     """
     from svdq_kernels import activation, dense
     from svdq_kernels import feed_forward as kernels
 
     m, n = first.tokens, first.out_features
-    x, scale_a, partials = operands.prepare(first, first.plan.operand)
+    x, scale_a, partials = prepared
     w, scale_b, factor_b = weight
     config = kernels.configuration(first.hint, n, first.capability)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}

@@ -1,7 +1,5 @@
 """Packed NVFP4 weights as dense GEMM operands."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -102,7 +100,7 @@ def divisor(dtype: torch.dtype) -> float:
     return E4M3_DIVISOR if dtype == torch.float8_e4m3fn else 1.0
 
 
-def arguments(qweight: Sequence[object], scale: Sequence[object], out: Sequence[object], groups: Sequence[int]):
+def arguments(qweight: list[object], scale: list[object], out: list[object], groups: list[int]):
     """What a launch takes of its weights, by the kernel's parameters' names; absent ones are None.
 
     Args:
@@ -115,7 +113,7 @@ def arguments(qweight: Sequence[object], scale: Sequence[object], out: Sequence[
     return given | {"MEMBERS": len(out)}
 
 
-def grid(groups: Sequence[int]) -> tuple[int, int]:
+def grid(groups: list[int]) -> tuple[int, int]:
     """The programs of a launch; groups as in :func:`arguments`."""
     return triton.cdiv(max(groups), BLOCK_G), len(groups)
 
@@ -143,7 +141,7 @@ def expand_nvfp4(
 
 
 def expand_weights(
-    weights: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype = torch.bfloat16
+    weights: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.Tensor]:
     """:func:`expand_nvfp4` of several weights on one device, :data:`MAX_MEMBERS` a launch.
 
