@@ -21,6 +21,7 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
         whole_tiles: give a new operand memory for whole tiles, of which the one returned is the first M rows.
     """
     from svdq_kernels import activation as kernels
+    from svdq_kernels import few
 
     m, k = call.tokens, call.in_features
     if operand == "plain" and not call.rank:
@@ -28,38 +29,42 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
     scaled = operand in kernels.TOKEN_RANGE
     parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
     x, s = _activation(call, call.x if parts is None else parts.x)
-    config = kernels.configuration(call.hint, k, call.rank, operand, parts is not None)
+    few_tokens = kernels.takes_few(call.hint, call.rank, parts is not None)
+    config = (
+        few.configuration(k)
+        if few_tokens
+        else kernels.configuration(call.hint, k, call.rank, operand, parts is not None)
+    )
     warps = config.pop("num_warps")
-    splits = -(-k // config["SPLIT_K"])
-    partials = launch.empty([splits, m, call.rank], torch.float32, call.device) if call.rank else None
+    splits = 1 if few_tokens else -(-k // config["SPLIT_K"])
+    partials_dtype = call.dtype if few_tokens else torch.float32
+    partials = launch.empty([splits, m, call.rank], partials_dtype, call.device) if call.rank else None
     t = _token_scale(call, operand, x, s) if scaled else None
     untouched = s is None and parts is None and x.get_stride()[0] == k
     as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
     rows = kernels.ROWS * _compat.ceildiv(m, kernels.ROWS) if whole_tiles else m
     result = x if as_is else launch.empty([rows, k], dtype, call.device)
-    if not as_is or call.rank:
-        arguments = {
-            "x_ptr": x,
-            "s_ptr": s,
-            "t_ptr": t,
-            "down_ptr": launch.contiguous(call.lora_down) if call.rank else None,
-            **_modulation(parts),
-            "operand_ptr": None if as_is else result,
-            "partials_ptr": partials,
-            "M": m,
-            "K": k,
-            "R": call.rank,
-            "stride_xm": x.get_stride()[0],
-            "stride_tm": int(scaled and call.dynamic),
-            "OPERAND": operand,
-            "SCALE_FACTOR": call.factor_a,
-            "RANK": kernels.padded_rank(call.rank),
-            **config,
-        }
+    given = {
+        "x_ptr": x,
+        "s_ptr": s,
+        "t_ptr": t,
+        "down_ptr": launch.contiguous(call.lora_down) if call.rank else None,
+        "operand_ptr": None if as_is else result,
+        "K": k,
+        "R": call.rank,
+        "stride_xm": x.get_stride()[0],
+        "stride_tm": int(scaled and call.dynamic),
+        "OPERAND": operand,
+        "SCALE_FACTOR": call.factor_a,
+    }
+    if few_tokens:
+        launch.launch(few._few_kernel, [*few.grid(m, call.rank), 1], given | {"h_ptr": partials} | config, warps)
+    elif not as_is or call.rank:
+        own = {"partials_ptr": partials, "M": m, "RANK": kernels.padded_rank(call.rank), **_modulation(parts), **config}
         grid = [splits, _compat.ceildiv(m, config["BLOCK_M"]), 1]
-        launch.launch(kernels._prepare_kernel, grid, arguments, warps)
-    if kernels.sums_partials(call.hint, operand, splits, call.rank):
+        launch.launch(kernels._prepare_kernel, grid, given | own, warps)
+    if kernels.sums_partials(operand, splits, call.rank):
         partials = sum_partials(call, partials)
     if whole_tiles and not as_is:
         result = launch.first_rows(result, m)

@@ -48,7 +48,9 @@ def compile_for(
     types = {name: signature.get(name, "constexpr") for name in names}
     constants = {name: constexprs.get(name) for name in names if name not in signature}
     divisible = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*" or name in aligned
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name][0] == "*" or (name in aligned and name in signature)
     }
     return triton.compile(
         ASTSource(kernel, types, constants, divisible),

@@ -27,6 +27,8 @@ NAMES = {
     "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention)": ATTENTION,
     "_prepare_kernel_0": QUANTISE,
     "_expand_kernel": QUANTISE,
+    "_few_kernel_1": QUANTISE,
+    "_sum_kernel_3": QUANTISE,
     "_token_scale_kernel_2": QUANTISE,
     "triton_red_fused__scaled_mm__to_copy_abs_amax_clamp_div_mul_7": QUANTISE,
     # Its operators are named for what it feeds.

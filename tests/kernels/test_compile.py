@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from svdq_kernels import activation, dense, expand, gemv
+from svdq_kernels import activation, dense, expand, few, gemv
 
 from svdq_compile.testing.ptx import CUOBJDUMP, SHARED_MEMORY_BYTES, compile_for, spills
 
@@ -84,6 +84,23 @@ def test_prepare_ranks(rank, m):
 @pytest.mark.parametrize("m", [600, 4096])
 def test_the_largest_rank_fits_the_registers(capability, m):
     assert "div.rn.f32" in prepare(capability, "nvfp4", m, 256)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("k", [64, 3072, 12288])
+@pytest.mark.parametrize("operand", ["none", "plain", "nvfp4", "fp8"])
+def test_few_tokens_activation(capability, operand, k):
+    if operand == "fp8" and capability < E4M3_SINCE:
+        pytest.skip("no e4m3 below sm_89")
+    constants = few.configuration(k) | {"K": k, "OPERAND": operand, "SCALE_FACTOR": 6.0}
+    warps = constants.pop("num_warps")
+    types = {"x_ptr": "*bf16", "s_ptr": "*bf16", "t_ptr": "*fp32", "down_ptr": "*bf16", "h_ptr": "*bf16", "R": "i32"}
+    types |= {"stride_xm": "i64", "stride_tm": "i32"}
+    if operand != "none":
+        types["operand_ptr"] = "*fp8e4nv" if operand == "fp8" else "*bf16"
+    ptx = compiled(capability, few._few_kernel, types, constants, num_warps=warps)
+    assert "mma" not in ptx
+    assert ("cvt.rn.satfinite.e4m3x2" in ptx) == (operand == "fp8")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)

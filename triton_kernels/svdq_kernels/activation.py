@@ -1,7 +1,7 @@
 """Activations become GEMM operands: smoothed, quantised, and projected down, in one pass over x.
 
     x_hat    = x * s                    rounded once to x's dtype
-    operand  = quantize(x_hat)          see OPERANDS
+    operand  = quantize(x_hat)          see svdq_kernels.operand.OPERANDS
     partials = x @ (s * L2).T           per slice of K, float32; their sum is the low-rank branch's h
 
 The product with L2 takes s on L2's side, so that x goes from memory to the tensor core untouched; that rounds L2 * s
@@ -14,85 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp4 import GROUP, magnitude_bits, round_e4m3, round_magnitude
+from . import few
+from .fp4 import GROUP, magnitude_bits
+from .operand import OPERANDS, TOKEN_RANGE, modulated, nvfp4_values, smooth
 from .projection import sum_partials
-
-OPERANDS = ("none", "plain", "nvfp4", "fp8")
-"""none: projections only. plain: x_hat itself. nvfp4: e2m1 code times block scale, exact in 16 bits. fp8:
-e4m3(x_hat / a)."""
-
-TOKEN_RANGE = {"nvfp4": 6.0 * 448.0, "fp8": 448.0}
-"""Largest magnitude an operand can hold, in units of its tensor scale: e2m1's 6 times e4m3's 448, and e4m3's 448."""
-
-
-@triton.jit
-def smooth(x, s):
-    """``x * s``, rounded once to x's dtype.
-
-    Args:
-        x: 16- or 32-bit float [BLOCK_M, BLOCK_K].
-        s: [BLOCK_K].
-    """
-    return (x.to(tl.float32) * s.to(tl.float32)[None, :]).to(x.dtype)
-
-
-@triton.jit
-def modulated(x, mean, deviation, gain, shift):
-    """``(x - mean) * deviation * gain + shift``, rounded once to x's dtype.
-
-    Args:
-        x: 16-bit float [BLOCK_M, BLOCK_K].
-        mean, deviation: float32 [BLOCK_M].
-        gain, shift: float32 [BLOCK_K], the same for all tokens.
-    """
-    normalised = (x.to(tl.float32) - mean[:, None]) * deviation[:, None]
-    return (normalised * gain[None, :] + shift[None, :]).to(x.dtype)
-
-
-@triton.jit
-def quotients(a, b):
-    """``a / b`` rounded as IEEE demands, with one division for all that share a b.
-
-    b's reciprocal and two steps of Newton's method, whose remainders a fused multiply-add leaves exact, as a division
-    in hardware proceeds.
-
-    Args:
-        a: float32 [..., n], each at most 8 times its b. Where it is less than a fifth of b the quotient may be off.
-        b: float32 [..., 1], 0 or between 2**-100 and 2**100. 0 makes 0.
-    """
-    reciprocal = tl.where(b > 0, tl.div_rn(tl.full(b.shape, 1.0, tl.float32), b), 0.0)
-    reciprocal, b = tl.broadcast_to(reciprocal, a.shape), tl.broadcast_to(b, a.shape)
-    q = a * reciprocal
-    q = tl.fma(tl.fma(-q, b, a), reciprocal, q)
-    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
-
-
-@triton.jit
-def nvfp4_values(x_hat, t):
-    """``e2m1(x_hat / (b * t)) * b`` with block scales ``b = e4m3(amax / (6 * t))``; 0 where ``b * t`` is 0.
-
-    Args:
-        x_hat: float32 [BLOCK_M, BLOCK_K], BLOCK_K a multiple of 16.
-        t: tensor scale, float32 [BLOCK_M, 1, 1] or scalar.
-
-    Returns:
-        float32 [BLOCK_M, BLOCK_K] with at most 6 significant bits.
-    """
-    blocks = tl.reshape(x_hat, (x_hat.shape[0], x_hat.shape[1] // 16, 16))
-    # A power of two that keeps remainders of the division from underflow; no value depends on it.
-    power = tl.where(t < 2.0**-60, 2.0**64, tl.where(t > 2.0**60, 2.0**-64, 1.0))
-    bits = magnitude_bits(blocks * power)
-    amax = tl.max(bits, axis=2, keep_dims=True).to(tl.float32, bitcast=True)
-    # Triton's / is not rounded as IEEE demands, and one ulp decides a tie.
-    scale = round_e4m3(tl.div_rn(amax, tl.broadcast_to(6.0 * t * power, amax.shape)))
-    step = scale * t * power
-    # NaN, of a scale that is NaN or of one whose t is infinite, takes 0.
-    step = tl.where(step > 0, step, 0.0)
-    a = tl.minimum(bits.to(tl.float32, bitcast=True), 6.0 * step)
-    values = round_magnitude(quotients(a, step), 1, 0) * scale
-    sign = tl.where(step > 0, -0x80000000, 0) & blocks.to(tl.int32, bitcast=True)
-    values = (values.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.reshape(values, x_hat.shape)
 
 
 @triton.jit
@@ -247,7 +172,7 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
     """
     warps = 4 if rank <= 64 else 8
     if m < MANY_TOKENS:
-        if m <= 4 or operand in ("plain", "fp8") or (operand == "nvfp4" and m <= FEW_TOKENS):
+        if m <= 4 or operand in ("plain", "fp8") or (operand == "nvfp4" and m <= few.MAX_TOKENS):
             split = 128 if k <= 4096 else 256
             return {"SPLIT_K": split, "BLOCK_M": 16, "BLOCK_K": 128, "STAGES": 1, "num_warps": warps}
         # A GEMM that adds the parts of h itself, as it does without an operand, wants few of them.
@@ -265,9 +190,6 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
     splits = max(1, min(programs // -(-m // block_m), k // 384, 8))
     return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": block_m, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
-
-FEW_TOKENS = 16
-"""Up to here the packed weight is read by a kernel of its own."""
 
 MANY_TOKENS = 1024
 """From here on the kernel is bound by memory."""
@@ -308,8 +230,8 @@ def prepare(
     Returns:
         The operand [M, K], contiguous, a new one the first rows of :func:`padded_rows`: float8_e4m3fn for ``fp8``, else
         x's 16-bit dtype (bfloat16 for float32); None for ``none``. t: the one given, float32 [M, 1], or None for
-        ``plain`` and ``none``. Partials float32 [S, M, R], or where :func:`sums_partials` says so their sum [1, M, R]
-        in x's dtype; or None.
+        ``plain`` and ``none``. Partials float32 [S, M, R], or where :func:`takes_few` or :func:`sums_partials` says so
+        their sum [1, M, R] in x's dtype; or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -319,13 +241,18 @@ def prepare(
     if modulation is not None:
         check_modulation(x, input_scale, operand, *modulation)
     rank = 0 if lora_down is None else lora_down.shape[0]
-    chosen = dict(config or configuration(m, k, rank, operand, modulation is not None))
-    warps, split = chosen.pop("num_warps"), chosen["SPLIT_K"]
+    few_tokens = config is None and k > 0 and takes_few(m, rank, modulation is not None)
+    chosen = (
+        few.configuration(k)
+        if few_tokens
+        else dict(config or configuration(m, k, rank, operand, modulation is not None))
+    )
+    splits = 1 if few_tokens else triton.cdiv(k, chosen["SPLIT_K"])
     if x.stride(1) != 1:
         x = x.contiguous()
     pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
-    splits = triton.cdiv(k, split)
-    partials = torch.empty(splits, m, rank, dtype=torch.float32, device=x.device) if rank else None
+    partials_dtype = x.dtype if few_tokens else torch.float32
+    partials = torch.empty(splits, m, rank, dtype=partials_dtype, device=x.device) if rank else None
     untouched = pre_quant_scale is None and modulation is None and x.is_contiguous()
     as_is = operand == "none" or (operand == "plain" and untouched)
     narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
@@ -341,36 +268,46 @@ def prepare(
                 _token_scale_kernel[(m,)](
                     x, pre_quant_scale, t, k, x.stride(0), TOKEN_RANGE=TOKEN_RANGE[operand], BLOCK_K=TOKEN_SCALE_BLOCK
                 )
-        if m and k and not (as_is and not rank):
+        given = {
+            "x_ptr": x,
+            "s_ptr": pre_quant_scale,
+            "t_ptr": t,
+            "down_ptr": lora_down.contiguous() if rank else None,
+            "operand_ptr": None if as_is else result,
+            "K": k,
+            "R": rank,
+            "stride_xm": x.stride(0),
+            "stride_tm": int(dynamic),
+            "OPERAND": operand,
+            "SCALE_FACTOR": 1.0 if dynamic else scale_factor,
+        }
+        if few_tokens and m:
+            few._few_kernel[few.grid(m, rank)](h_ptr=partials, **given, **chosen)
+        elif m and k and not (as_is and not rank):
+            mean, deviation, gain, shift = modulation or (None,) * 4
             _prepare_kernel[(splits, triton.cdiv(m, chosen["BLOCK_M"]))](
-                x,
-                pre_quant_scale,
-                t,
-                lora_down.contiguous() if rank else None,
-                *(modulation or (None,) * 4),
-                None if as_is else result,
-                partials,
-                m,
-                k,
-                rank,
-                x.stride(0),
-                int(dynamic),
-                OPERAND=operand,
-                SCALE_FACTOR=1.0 if dynamic else scale_factor,
+                mean_ptr=mean,
+                deviation_ptr=deviation,
+                gain_ptr=gain,
+                shift_ptr=shift,
+                partials_ptr=partials,
+                M=m,
                 RANK=padded_rank(rank),
-                num_warps=warps,
+                **given,
                 **chosen,
             )
-    if sums_partials(m, operand, splits, rank):
+    if sums_partials(operand, splits, rank):
         partials = sum_partials(partials, x.dtype)
     return None if operand == "none" else result, t, partials
 
 
-def sums_partials(m: int, operand: str, splits: int, rank: int) -> bool:
-    """Whether :func:`prepare` hands out the sum of the partial down-projections rather than all of them."""
-    if operand == "fp8" and m == 1 and rank <= 32:
-        # A few kilobytes, which the GEMM adds in less time than another kernel takes.
-        return False
+def takes_few(m: int, rank: int, modulated: bool) -> bool:
+    """Whether :mod:`svdq_kernels.few` makes the operand; m may be a hint."""
+    return m <= few.MAX_TOKENS and rank > 0 and not modulated
+
+
+def sums_partials(operand: str, splits: int, rank: int) -> bool:
+    """Whether :func:`prepare` sums up the partial down-projections; else the GEMM does that."""
     return rank > 0 and splits > 1 and operand != "none"
 
 

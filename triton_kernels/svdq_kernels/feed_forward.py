@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from . import dense
-from .activation import check_scales, padded_rank, smooth
+from .activation import check_scales, padded_rank
 from .dense import column_parts, dense_tile, tile_origin
+from .operand import smooth
 from .projection import sum_partials
 
 LINEAR = tl.constexpr(-2.302208198144325)
