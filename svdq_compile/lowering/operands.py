@@ -31,7 +31,7 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
     x, s = _activation(call, call.x if parts is None else parts.x)
     few_tokens = kernels.takes_few(call.hint, call.rank, parts is not None)
     config = (
-        few.configuration(k)
+        few.configuration(k, call.rank)
         if few_tokens
         else kernels.configuration(call.hint, k, call.rank, operand, parts is not None)
     )

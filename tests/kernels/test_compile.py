@@ -92,7 +92,7 @@ def test_the_largest_rank_fits_the_registers(capability, m):
 def test_few_tokens_activation(capability, operand, k):
     if operand == "fp8" and capability < E4M3_SINCE:
         pytest.skip("no e4m3 below sm_89")
-    constants = few.configuration(k) | {"K": k, "OPERAND": operand, "SCALE_FACTOR": 6.0}
+    constants = few.configuration(k, 32) | {"K": k, "OPERAND": operand, "SCALE_FACTOR": 6.0}
     warps = constants.pop("num_warps")
     types = {"x_ptr": "*bf16", "s_ptr": "*bf16", "t_ptr": "*fp32", "down_ptr": "*bf16", "h_ptr": "*bf16", "R": "i32"}
     types |= {"stride_xm": "i64", "stride_tm": "i32"}

@@ -243,7 +243,7 @@ def prepare(
     rank = 0 if lora_down is None else lora_down.shape[0]
     few_tokens = config is None and k > 0 and takes_few(m, rank, modulation is not None)
     chosen = (
-        few.configuration(k)
+        few.configuration(k, rank)
         if few_tokens
         else dict(config or configuration(m, k, rank, operand, modulation is not None))
     )

@@ -33,8 +33,10 @@ def _few_kernel(
     SCALE_FACTOR: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Program (i, j): of token j, ranks RANKS * i to RANKS * (i + 1), and with i = 0 the operand.
+    """Program (i, j): of token j ranks RANKS * i to RANKS * (i + 1), and the operand's columns from SPAN * i on.
 
     Args:
         x_ptr: x [M, K], unit column stride.
@@ -58,26 +60,42 @@ def _few_kernel(
         mask_down = (offs_r < R)[:, None] & mask_k[None, :]
         down = tl.load(down_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask_down, other=0.0)
         products += down.to(tl.float32) * x_hat.to(tl.float32)
-        if operand_ptr is not None and tl.program_id(0) == 0:
-            values = x_hat
-            if OPERAND == "fp8":
-                a = tl.load(t_ptr + token * stride_tm) * SCALE_FACTOR
-                # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
-                values = x_hat.to(tl.float32) * tl.div_rn(1.0, a)
-            elif OPERAND == "nvfp4":
-                values = nvfp4_values(x_hat.to(tl.float32), tl.load(t_ptr + token * stride_tm))
-            values = values.to(operand_ptr.dtype.element_ty)
-            tl.store(operand_ptr + token * K + offs_k[None, :], values, mask=mask_k[None, :])
     h = tl.sum(products, 1)
     tl.store(h_ptr + token * R + offs_r, h.to(h_ptr.dtype.element_ty), mask=offs_r < R)
+    if operand_ptr is not None:
+        if t_ptr is not None:
+            t = tl.load(t_ptr + token * stride_tm)
+        first = tl.program_id(0) * SPAN
+        end = tl.minimum(first + SPAN, K)
+        for start in range(first, end, BLOCK_S):
+            offs_k = start + tl.arange(0, BLOCK_S)
+            mask_k = offs_k < end
+            x_hat = tl.load(x_ptr + token * stride_xm + offs_k, mask=mask_k, other=0.0)[None, :]
+            if s_ptr is not None:
+                x_hat = smooth(x_hat, tl.load(s_ptr + offs_k, mask=mask_k, other=0.0))
+            values = x_hat
+            if OPERAND == "fp8":
+                # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
+                values = x_hat.to(tl.float32) * tl.div_rn(1.0, t * SCALE_FACTOR)
+            elif OPERAND == "nvfp4":
+                values = nvfp4_values(x_hat.to(tl.float32), t)
+            values = values.to(operand_ptr.dtype.element_ty)
+            tl.store(operand_ptr + token * K + offs_k[None, :], values, mask=mask_k[None, :])
 
 
-def configuration(k: int) -> dict[str, int]:
-    """Constants of the kernel and its ``num_warps``, as measured on sm_90."""
-    block = 1024 if k <= 8192 else 2048
-    return {"RANKS": 2, "BLOCK_K": min(block, triton.next_power_of_2(k)), "num_warps": 4}
+RANKS = 2
+"""Ranks a program takes: as measured on sm_90, as are the blocks of K."""
+
+
+def configuration(k: int, rank: int) -> dict[str, int]:
+    """Constants of the kernel and its ``num_warps``, for K and R."""
+    block = min(1024 if k <= 8192 else 2048, triton.next_power_of_2(k))
+    # Blocks of 16 columns share a scale.
+    span = 16 * triton.cdiv(k, 16 * triton.cdiv(rank, RANKS))
+    block_s = min(block, triton.next_power_of_2(span))
+    return {"RANKS": RANKS, "BLOCK_K": block, "SPAN": span, "BLOCK_S": block_s, "num_warps": 4}
 
 
 def grid(m: int, rank: int) -> tuple[int, int]:
     """Programs for M tokens, which may be symbolic, and R ranks."""
-    return triton.cdiv(rank, 2), m
+    return triton.cdiv(rank, RANKS), m
