@@ -18,6 +18,36 @@ MAX_TOKENS = 16
 
 
 @triton.jit
+def store_operand(
+    x_ptr,
+    s_ptr,
+    t_ptr,
+    operand_ptr,
+    first,
+    end,
+    OPERAND: tl.constexpr,
+    SCALE_FACTOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns first to end of one token's operand; pointers to the token's, as the kernel's."""
+    if t_ptr is not None:
+        t = tl.load(t_ptr)
+    for start in range(first, end, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end
+        x_hat = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
+        if s_ptr is not None:
+            x_hat = smooth(x_hat, tl.load(s_ptr + offs_k, mask=mask_k, other=0.0))
+        values = x_hat
+        if OPERAND == "fp8":
+            # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
+            values = x_hat.to(tl.float32) * tl.div_rn(1.0, t * SCALE_FACTOR)
+        elif OPERAND == "nvfp4":
+            values = nvfp4_values(x_hat.to(tl.float32), t)
+        tl.store(operand_ptr + offs_k[None, :], values.to(operand_ptr.dtype.element_ty), mask=mask_k[None, :])
+
+
+@triton.jit
 def _few_kernel(
     x_ptr,
     s_ptr,
@@ -63,24 +93,19 @@ def _few_kernel(
     h = tl.sum(products, 1)
     tl.store(h_ptr + token * R + offs_r, h.to(h_ptr.dtype.element_ty), mask=offs_r < R)
     if operand_ptr is not None:
-        if t_ptr is not None:
-            t = tl.load(t_ptr + token * stride_tm)
         first = tl.program_id(0) * SPAN
-        end = tl.minimum(first + SPAN, K)
-        for start in range(first, end, BLOCK_S):
-            offs_k = start + tl.arange(0, BLOCK_S)
-            mask_k = offs_k < end
-            x_hat = tl.load(x_ptr + token * stride_xm + offs_k, mask=mask_k, other=0.0)[None, :]
-            if s_ptr is not None:
-                x_hat = smooth(x_hat, tl.load(s_ptr + offs_k, mask=mask_k, other=0.0))
-            values = x_hat
-            if OPERAND == "fp8":
-                # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
-                values = x_hat.to(tl.float32) * tl.div_rn(1.0, t * SCALE_FACTOR)
-            elif OPERAND == "nvfp4":
-                values = nvfp4_values(x_hat.to(tl.float32), t)
-            values = values.to(operand_ptr.dtype.element_ty)
-            tl.store(operand_ptr + token * K + offs_k[None, :], values, mask=mask_k[None, :])
+        row_t_ptr = None if t_ptr is None else t_ptr + token * stride_tm
+        store_operand(
+            x_ptr + token * stride_xm,
+            s_ptr,
+            row_t_ptr,
+            operand_ptr + token * K,
+            first,
+            tl.minimum(first + SPAN, K),
+            OPERAND,
+            SCALE_FACTOR,
+            BLOCK_S,
+        )
 
 
 RANKS = 2
