@@ -13,10 +13,11 @@ from . import chart, report
 from .clocks import ClockMonitor, smi_name
 from .environment import block_text, environment
 from .forward_measure import Run, measure
-from .forward_models import config_of, contenders
+from .forward_models import Contender, config_of, contenders
 from .forward_parts import Breakdown
 from .forward_plan import BF16, FP8, ForwardPlan
 from .forward_report import CAPTURED, COMPILED, TIME_COLUMNS, Row, compile_table, differences, fitted, parts_table
+from .in_turns import Turns, low_rank_cost, turns_table
 from .report import FAILED, OK
 from .session import say
 from .stats import ratio
@@ -47,13 +48,17 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
         columns = fitted(TIME_COLUMNS, (f"{contender.label} {CAPTURED}" for contender in found))
         say(report.header(columns))
         rows: list[Row] = []
+        turns: list[Turns] = []
+        shared = Run(plan, device, monitor, lambda *kernels: _say_kernels(plan, *kernels))
         for contender in found:
-            for row in measure(Run(plan, device, monitor, lambda *kernels: _say_kernels(plan, *kernels)), contender):
+            for row in measure(shared, contender):
                 rows.append(compared(row, rows))
                 say(report.table(rows[-1:], columns))
                 if output is not None:
                     output.add(rows[-1:])
-    for text in (parts_table(rows), differences(rows), compile_table(rows)):
+            if not contender.low_rank and _all_right(rows, contender):
+                turns += low_rank_cost(shared, dataclasses.replace(contender, low_rank=True))
+    for text in (parts_table(rows), differences(rows), turns_table(turns), compile_table(rows)):
         if text:
             say(f"\n{text}")
     if plan.chart is not None:
@@ -62,6 +67,12 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
     if wrong:
         say(f"\n{wrong} of {len(rows)} {FAILED}")
     return 1 if wrong else 0
+
+
+def _all_right(rows: list[Row], contender: Contender) -> bool:
+    """Whether every row of a contender and its variants could be measured."""
+    case = contender.name, contender.mode, contender.storage
+    return all(row.status == OK for row in rows if (row.contender, row.mode, row.storage) == case)
 
 
 def compared(row: Row, earlier: list[Row]) -> Row:

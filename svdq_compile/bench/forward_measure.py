@@ -85,7 +85,7 @@ def measure(run: Run, contender: Contender) -> Iterator[Row]:
     finally:
         # By now nothing holds its models.
         torch._dynamo.reset()
-        _release_cached(run)
+        release_cached(run)
 
 
 def _measure(run: Run, contender: Contender) -> Iterator[Row]:
@@ -113,7 +113,7 @@ def _prepare(run: Run, contender: Contender) -> Subject:
         with _stage(run, contender, "two blocks and their float64 references"):
             check = forward_models.build(contender, plan, run.device, CHECKED_BLOCKS)
             checks = {size: against_float64(check, _inputs(run, check, size)) for size in plan.sizes}
-            _release_cached(run)
+            release_cached(run)
     baseline = torch.cuda.memory_allocated(run.device) if run.gpu else 0
     with _stage(run, contender, "all blocks"):
         model = forward_models.build(contender, plan, run.device)
@@ -123,7 +123,7 @@ def _prepare(run: Run, contender: Contender) -> Subject:
             references = {size: against_eager(model, _inputs(run, model, size)) for size in plan.sizes}
     weights = forward_models.weight_bytes(model)
     compiled = [None if m is None else forward_models.compile_model(m, contender, plan) for m in (model, check)]
-    _release_cached(run)
+    release_cached(run)
     return Subject(*compiled, references, checks, weights, baseline)
 
 
@@ -216,10 +216,13 @@ def _captured(run: Run, row: Row, subject: Subject, forward: Callable[[], torch.
             handle.release()
 
 
-def time_forward(forward: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+def time_forward(
+    forward: Callable[[], object], device: torch.device, repeats: int, warm_seconds: float = WARM_SECONDS
+) -> list[float]:
     """Milliseconds of forwards that follow each other without a pause, as in a denoising loop.
 
-    On a GPU from events around each; the CPU may run ahead, and where it cannot the gaps count.
+    On a GPU from events around each; the CPU may run ahead, and where it cannot the gaps count. For warm_seconds, and
+    at least once, it runs untimed before.
     """
     begin = time.perf_counter()
     while True:
@@ -227,7 +230,7 @@ def time_forward(forward: Callable[[], object], device: torch.device, repeats: i
         if device.type != "cuda":
             break
         torch.cuda.synchronize(device)
-        if time.perf_counter() - begin >= WARM_SECONDS:
+        if time.perf_counter() - begin >= warm_seconds:
             break
     if device.type != "cuda":
         samples = []
@@ -282,7 +285,8 @@ def _stage(run: Run, contender: Contender, name: str) -> Iterator[None]:
     log.info("%s: %s took %.1f s", contender.label, name, time.perf_counter() - begin)
 
 
-def _release_cached(run: Run) -> None:
+def release_cached(run: Run) -> None:
+    """Gives back what nothing holds any more."""
     gc.collect()
     if run.gpu:
         torch.cuda.empty_cache()

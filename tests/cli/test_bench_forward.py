@@ -129,6 +129,10 @@ def test_variants_are_rows_and_differences(uncompiled, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     switched_off = lines[next(i for i, line in enumerate(lines) if "switched off" in line) + 1 :]
     assert ["rank 0" in switched_off[0], "no real_rope" in switched_off[1]] == [True, True]
+    in_turns = lines[next(i for i, line in enumerate(lines) if "low-rank branches" in line) + 1].split()
+    assert in_turns[:4] == ["64x48", "svdq", "fp8", "packed"]
+    with_branches, without, percent = map(float, in_turns[4:])
+    assert percent == pytest.approx(100 * (with_branches - without) / with_branches, abs=0.2)
 
 
 class Handle:
