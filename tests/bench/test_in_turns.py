@@ -15,7 +15,7 @@ def test_turns_begin_with_another_one_every_round(monkeypatch):
     )
     run = types.SimpleNamespace(plan=types.SimpleNamespace(repeats=3), device=torch.device("cpu"))
     samples = in_turns._samples(run, ["with", "without"])
-    assert calls == ["with", "without"] + ["with", "without", "without", "with", "with", "without"]
+    assert calls == ["with", "without", "with", "without", "without", "with", "with", "without"]
     assert [len(each) for each in samples] == [3 * FORWARDS] * 2
 
 
