@@ -313,9 +313,6 @@ def _heads_kernel(
 HEAD_DIMS = (64, 128)
 """Sizes of a head that a tile holds whole heads of."""
 
-STAGES = 3
-"""Stages of Hopper's largest tile here: as measured, faster than the four that fit."""
-
 
 def configuration(m: int, n: int, head_dim: int, capability: tuple[int, int]) -> dict[str, int]:
     """Constants of the kernel, ``num_warps`` and ``num_stages``.
@@ -328,8 +325,6 @@ def configuration(m: int, n: int, head_dim: int, capability: tuple[int, int]) ->
     """
     choices = dense.configurations(m, 3 * n, 1, capability)
     chosen = next(config for config in choices if config["BLOCK_N"] % head_dim == 0)
-    if chosen["BLOCK_N"] == 256:
-        chosen["num_stages"] = STAGES
     # Tiles are walked member by member.
     return chosen | {"GROUP_M": dense.configurations(m, n, 1, capability)[0]["GROUP_M"]}
 
