@@ -21,6 +21,7 @@ from .in_turns import Turns, low_rank_cost, turns_table
 from .report import FAILED, OK
 from .session import say
 from .stats import ratio
+from .timing import describe
 
 
 def run(plan: ForwardPlan, device: torch.device) -> int:
@@ -57,7 +58,7 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
                 if output is not None:
                     output.add(rows[-1:])
             if not contender.low_rank and _all_right(rows, contender):
-                turns += low_rank_cost(shared, dataclasses.replace(contender, low_rank=True))
+                turns += _in_turns(shared, dataclasses.replace(contender, low_rank=True))
     for text in (parts_table(rows), differences(rows), turns_table(turns), compile_table(rows)):
         if text:
             say(f"\n{text}")
@@ -67,6 +68,16 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
     if wrong:
         say(f"\n{wrong} of {len(rows)} {FAILED}")
     return 1 if wrong else 0
+
+
+def _in_turns(shared: Run, contender: Contender) -> list[Turns]:
+    """What the low-rank branches cost, at the sizes where both models could be had at once; else says why not."""
+    found: list[Turns] = []
+    try:
+        found.extend(low_rank_cost(shared, contender))
+    except Exception as error:
+        say(f"{contender.label} with and without low-rank branches in turns: {describe(error)}")
+    return found
 
 
 def _all_right(rows: list[Row], contender: Contender) -> bool:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from svdq_compile import options
-from svdq_compile.bench import clocks, compile_time, forward_measure, forward_models
+from svdq_compile.bench import clocks, compile_time, forward, forward_measure, forward_models
 from svdq_compile.bench import forward_plan as plans
 from svdq_compile.bench.forward_models import Contender
 from svdq_compile.cli import _parser, main
@@ -133,6 +133,19 @@ def test_variants_are_rows_and_differences(uncompiled, monkeypatch, capsys):
     assert in_turns[:4] == ["64x48", "svdq", "fp8", "packed"]
     with_branches, without, percent = map(float, in_turns[4:])
     assert percent == pytest.approx(100 * (with_branches - without) / with_branches, abs=0.2)
+
+
+def test_models_that_do_not_fit_beside_each_other_have_no_turns(uncompiled, monkeypatch, capsys):
+    def no_room(run, contender):
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(forward, "low_rank_cost", no_room)
+    assert main([*TINY, *FP8, "--peers", "none", "--lora-cost"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "svdq fp8 packed with and without low-rank branches in turns: OutOfMemoryError: no room" in lines
+    assert not any(line.split()[1:3] == ["low-rank", "branches"] for line in lines)
+    assert any("switched off" in line for line in lines)
 
 
 class Handle:
