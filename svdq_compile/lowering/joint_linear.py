@@ -68,15 +68,16 @@ def residual_product(
     from svdq_kernels import residual as kernels
 
     any_call = calls[0]
-    config = kernels.configuration(sum(call.hint for call in calls), any_call.out_features, any_call.capability)
+    multiprocessors = dense.multiprocessors(any_call.device)
+    rows, n = sum(call.hint for call in calls), any_call.out_features
+    config = kernels.configuration(rows, n, any_call.capability, multiprocessors)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     outs = [launch.empty([call.tokens, call.out_features], call.dtype, call.device) for call in calls]
     weights = operands.weights(calls, torch.float8_e4m3fn)
     given = zip(calls, prepared, weights, residual, gate, outs, strict=True)
     arguments = kernels.numbered([_arguments(*stream) for stream in given])
-    arguments |= {"N": any_call.out_features, "TMA": dense.uses_tma(any_call.capability)}
-    grid = [dense.multiprocessors(any_call.device), 1, 1]
-    launch.launch(kernels._residual_kernel, grid, arguments | config, **options)
+    arguments |= {"N": n, "TMA": dense.uses_tma(any_call.capability)}
+    launch.launch(kernels._residual_kernel, [multiprocessors, 1, 1], arguments | config, **options)
     one, two = (launch.reshape(y, [*call.leading, call.out_features]) for y, call in zip(outs, calls, strict=True))
     return one, two
 

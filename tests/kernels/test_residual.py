@@ -202,9 +202,36 @@ def test_refuses_streams_of_different_widths():
         run(*streams)
 
 
+H100 = 132
+"""Its multiprocessors."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    # Images of 1024 x 1024, 1328 x 1328, 768 x 768 and 512 x 512 fill waves of large tiles, 640 x 640 does not.
+    [(4096 + 128, 256), (6889 + 128, 256), (2304 + 128, 256), (1024 + 128, 256), (1600 + 128, 128)],
+)
+def test_tiles_are_halved_where_a_wave_would_be_mostly_empty(rows, columns):
+    assert kernels.configuration(rows, 3072, (9, 0), H100)["BLOCK_N"] == columns
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+@given(rows=st.integers(1, 20000), columns=st.integers(1, 1200), multiprocessors=st.integers(1, 200))
+def test_half_tiles_save_time(capability, rows, columns, multiprocessors):
+    """By the rule's own measure, and they are tiles that other sizes take as well."""
+    chosen = kernels.configuration(rows, 16 * columns, capability, multiprocessors)
+    whole, *others = dense.configurations(rows, 16 * columns, 1, capability)
+
+    def waves(tile):
+        return -(-(-(-rows // tile["BLOCK_M"]) * -(-16 * columns // tile["BLOCK_N"])) // multiprocessors)
+
+    tile = {name: value for name, value in chosen.items() if name != "PARTS"}
+    assert tile == whole or (tile in others and kernels.HALF_TILE * waves(tile) < waves(whole))
+
+
 def compiled_for(capability, ranks, size, in_features=3072):
     """The kernel for rows and columns."""
-    constants = kernels.configuration(*size, capability) | {"TMA": dense.uses_tma(capability)}
+    constants = kernels.configuration(*size, capability, H100) | {"TMA": dense.uses_tma(capability)}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     types = {"x": "*fp8e4nv", "w": "*fp8e4nv", "scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"}
     types |= dict.fromkeys(("residual_ptr", "gate_ptr", "out_ptr"), "*bf16")
@@ -224,7 +251,7 @@ def test_one_step_over_in_features_makes_no_pipeline_of_tiles(tokens):
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[9, 0] // 2
 
 
-SIZES = (64, 3072), (128, 3072), (300, 256), (4224, 3072)
+SIZES = (64, 3072), (128, 3072), (300, 256), (4224, 3072), (1728, 3072)
 HOPPER = [((9, 0), ranks, size) for ranks in ((32, 0), (0, 0), (64, 64)) for size in SIZES]
 OTHERS = [(capability, (32, 0), SIZES[3]) for capability in ((8, 9), (12, 0))]
 
