@@ -77,9 +77,10 @@ def test_one_step_over_in_features_makes_no_pipeline_of_tiles(mode, in_features)
     assert compiled.metadata.shared <= SHARED_MEMORY_BYTES[9, 0] // 2
 
 
+@pytest.mark.parametrize(("tokens", "dynamic"), [(1, False), (3, True)])
 @pytest.mark.parametrize("mode", ["fp8", "nvfp4", "bf16"])
-def test_few_tokens_are_one_activation_kernel_and_one_read_of_all_weights(mode):
-    code = generate(Projections(mode), tokens=1)
+def test_few_tokens_are_one_activation_kernel_and_one_read_of_all_weights(mode, tokens, dynamic):
+    code = generate(Projections(mode), tokens=tokens, dynamic=dynamic)
     assert stems(code) == ["_few_kernel", "triton_tem"]
     kernel = template(code)
     (compiled,) = compile_kernel(kernel.source, kernel.name, (9, 0))
