@@ -126,7 +126,7 @@ def test_refuses(change, message):
 
 
 @pytest.mark.parametrize("operand", ["plain", "nvfp4", "fp8"])
-@pytest.mark.parametrize("rank", [0, 32, 128])
+@pytest.mark.parametrize("rank", [0, 32, 64, 128])
 @pytest.mark.parametrize("m", [600, 4096])
 def test_compiles_without_spills(operand, rank, m):
     constants = activation.configuration(m, 3072, rank, operand, True)

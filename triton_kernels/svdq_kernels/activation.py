@@ -185,7 +185,7 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
             "num_warps": warps,
         }
     # Modulation changes L2's tile, which is then worth more rows.
-    block_m = 128 if modulated and m > 2048 and 0 < rank <= 64 and operand != "nvfp4" else 64
+    block_m = 128 if modulated and m > 2048 and 0 < rank <= 32 and operand != "nvfp4" else 64
     programs = PROGRAMS_MODULATED if modulated else PROGRAMS
     splits = max(1, min(programs // -(-m // block_m), k // 384, 8))
     return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": block_m, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
