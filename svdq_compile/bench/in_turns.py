@@ -16,6 +16,7 @@ from ..cuda_graphs.captured import capture
 from . import forward_models
 from .forward_measure import Run, release_cached, time_forward
 from .forward_models import Contender, forward_of, make_inputs
+from .forward_report import CAPTURED
 from .stats import number, percentile, ratio
 
 FORWARDS = 4
@@ -62,7 +63,8 @@ def low_rank_cost(run: Run, contender: Contender) -> Iterator[Turns]:
                         stack.callback(capture(model, strict=True).release)
                         forward()
                 medians = [percentile(samples, 50) for samples in _samples(run, forwards)]
-            yield Turns("x".join(map(str, size)), contender.label, *medians)
+            label = f"{contender.label} {CAPTURED}" if plan.capture and run.gpu else contender.label
+            yield Turns("x".join(map(str, size)), label, *medians)
     finally:
         torch._dynamo.reset()
         release_cached(run)

@@ -72,3 +72,10 @@ def test_the_kernel_and_its_operand(facts, kernel, operand):
 def test_few_tokens_of_fp8_are_those_of_the_matrix_vector_kernel():
     """Where the arithmetic changes the kernel does, so that one guard covers both."""
     assert FP8_MIN_TOKENS == GEMV_TOKENS + 1
+
+
+def test_kernels_change_where_compiled_graphs_have_a_guard():
+    pytest.importorskip("triton")
+    from svdq_kernels import few, gemv
+
+    assert few.MAX_TOKENS == gemv.MAX_TOKENS == GEMV_TOKENS

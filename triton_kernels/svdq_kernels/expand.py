@@ -100,7 +100,7 @@ def divisor(dtype: torch.dtype) -> float:
     return E4M3_DIVISOR if dtype == torch.float8_e4m3fn else 1.0
 
 
-def arguments(qweight: list[object], scale: list[object], out: list[object], groups: list[int]):
+def arguments(qweight: list[object], scale: list[object], out: list[object], groups: list[int]) -> dict[str, object]:
     """What a launch takes of its weights, by the kernel's parameters' names; absent ones are None.
 
     Args:
