@@ -164,7 +164,7 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
     """Constants of the kernel and its ``num_warps``.
 
     Up to some hundred tokens: many small programs, one step each, because latency is all there is. Many tokens: slices
-    of K enough for :data:`PROGRAMS`, so that memory is never idle.
+    of K enough for :data:`PROGRAMS`, so that memory is never idle, and at least :data:`SLICES`.
 
     Args:
         m, k, rank, operand: M, K, R and the operand; m may be a hint.
@@ -187,7 +187,8 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
     # Modulation changes L2's tile, which is then worth more rows.
     block_m = 128 if modulated and m > 2048 and 0 < rank <= 32 and operand != "nvfp4" else 64
     programs = PROGRAMS_MODULATED if modulated else PROGRAMS
-    splits = max(1, min(programs // -(-m // block_m), k // 384, 8))
+    least = SLICES if operand == "fp8" and not modulated else 1
+    splits = max(1, min(max(programs // -(-m // block_m), least), k // 384, 8))
     return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": block_m, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
 
@@ -199,6 +200,9 @@ PROGRAMS = 384
 
 PROGRAMS_MODULATED = 256
 """The same of a kernel that needs more registers: about two."""
+
+SLICES = 6
+"""Short programs, of which the last ones leave less of the GPU idle."""
 
 
 def prepare(
