@@ -88,6 +88,16 @@ def test_few_tokens_are_one_activation_kernel_and_one_read_of_all_weights(mode, 
         assert spills(compiled) == 0
 
 
+def test_unpacking_as_generated_compiles():
+    """PTX in its functions included."""
+    code = generate(Projections("fp8"))
+    (kernel,) = (kernel for kernel in kernels(code) if kernel.name.startswith("_expand_kernel"))
+    (compiled,) = compile_kernel(kernel.source, "_expand_kernel", (9, 0))
+    assert "prmt.b32" in compiled.asm["ptx"]
+    # No data crosses threads.
+    assert compiled.metadata.shared == 0
+
+
 def test_expanded_weights():
     code = generate(Projections("fp8", format=Format.FP8_SVD))
     assert stems(code) == ["_prepare_kernel", "triton_tem"]

@@ -11,7 +11,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from svdq_kernels import dense, fp4, heads
+from svdq_kernels import dense, expand, fp4, heads
 from svdq_kernels.activation import prepare
 from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4, expand_weights
@@ -86,10 +86,37 @@ def _load_pairs(pointers):
     return tl.load(pointers), tl.load(pointers + 1)
 
 
+@triton.jit
+def _look_up(low, high, selector):
+    chosen = tl.zeros_like(low | selector)
+    for i in tl.static_range(4):
+        index = (selector >> (4 * i)) & 7
+        chosen |= ((tl.where(index < 4, low, high) >> (8 * (index & 3))) & 0xFF) << (8 * i)
+    return chosen
+
+
+@triton.jit
+def _scaled_pair(PAIR: tl.constexpr, scale):
+    pair = tl.full(scale.shape, PAIR, tl.int32)
+    low, high = pair.to(tl.int16).to(tl.float16, bitcast=True), (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    low, high = (low * scale).to(tl.int16, bitcast=True), (high * scale).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _narrow_pairs(low, high):
+    bits = tl.zeros_like(low)
+    for i in tl.static_range(4):
+        half = ((low if i < 2 else high) >> (16 * (i % 2))).to(tl.int16).to(tl.float16, bitcast=True)
+        bits |= (half.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32) & 0xFF) << (8 * i)
+    return bits
+
+
 def pretend_to_be_a_gpu(major):
     """The CPU answers like a GPU; three multiprocessors, so that a program has several tiles."""
     # The interpreter knows no PTX.
     heads.load_pairs = _load_pairs
+    expand.look_up, expand.scaled_pair, expand.narrow_pairs = _look_up, _scaled_pair, _narrow_pairs
     torch.cuda.get_device_capability = lambda device=None: (major, 0)
     cuda.capability = lambda device: (major, 0)
     dense.multiprocessors = lambda device: 3

@@ -130,6 +130,10 @@ def test_expand(capability, dtype):
     ptx = compiled(capability, expand._expand_kernel, types, constants, num_warps=expand.NUM_WARPS)
     # A warp moves whole vectors.
     assert "st.global.v4.b32" in ptx
+    if dtype == "fp8e4nv":
+        # A block's eight magnitudes are rounded, not its 16 values.
+        blocks = expand.MAX_MEMBERS * expand.BLOCK_G // (32 * expand.NUM_WARPS)
+        assert ptx.count("cvt.rn.satfinite.e4m3x2.f16x2") == 4 * blocks
 
 
 def tiles(capability, element_size):

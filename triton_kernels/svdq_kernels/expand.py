@@ -1,4 +1,8 @@
-"""Packed NVFP4 weights as dense GEMM operands."""
+"""Packed NVFP4 weights as dense GEMM operands.
+
+16-bit values are code times block scale. Those of e4m3 are looked up: a block has eight magnitudes, which are scaled
+and rounded once, and a code's three bits say which byte of the table it is.
+"""
 
 import torch
 import triton
@@ -13,6 +17,74 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 @triton.jit
+def look_up(low, high, selector):
+    """Four bytes of the eight of low (0 to 3) and high (4 to 7), the first for the selector's lowest nibble.
+
+    Args:
+        low, high, selector: int32. Each of the selector's four lowest nibbles is 0 to 7, the others are ignored.
+    """
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def scaled_pair(PAIR: tl.constexpr, scale):
+    """Both float16 numbers whose bits are in PAIR times a float16 scale, int32 as PAIR.
+
+    One product for two; as tensor elements they would be taken apart.
+    """
+    pair = tl.full(scale.shape, PAIR, tl.int32)
+    both = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+    return tl.inline_asm_elementwise(
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [pair, both], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def narrow_pairs(low, high):
+    """Bits of e4m3 of the float16 pairs in low and high, rounded to nearest, four to an int32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f16x2 a, $1; cvt.rn.satfinite.e4m3x2.f16x2 b, $2;"
+        " mov.b32 $0, {a, b}; }",
+        "=r,r,r",
+        [low, high],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def scaled_magnitudes(scale):
+    """The magnitudes of e2m1 times ``scale / E4M3_DIVISOR``, rounded to e4m3.
+
+    Args:
+        scale: float16, which holds every product.
+
+    Returns:
+        Their bits, in two int32: 0, 0.5, 1 and 1.5 from the lowest byte on, and 2, 3, 4 and 6.
+    """
+    # 0 and 0.5, 1 and 1.5, 2 and 3, 4 and 6, each over eight.
+    a, b = scaled_pair(0x2C000000, scale), scaled_pair(0x32003000, scale)
+    c, d = scaled_pair(0x36003400, scale), scaled_pair(0x3A003800, scale)
+    return narrow_pairs(a, b), narrow_pairs(c, d)
+
+
+@triton.jit
+def four_e4m3(words, low, high, HALF: tl.constexpr):
+    """Bits of e4m3 of codes 0 to 3 of each word, or 4 to 7 where HALF is 1.
+
+    Args:
+        words: int32, eight codes each, the first in the lowest nibble.
+        low, high: what :func:`scaled_magnitudes` returns, of the codes' scale.
+    """
+    # An odd code's sign is the highest bit of its byte, an even one's is that once codes have moved up by one.
+    signs = look_up(words << 4, words, tl.full(words.shape, 0x7362 if HALF else 0x5140, tl.int32))
+    return look_up(low, high, (words & 0x77777777) >> (16 * HALF)) ^ (signs & -0x7F7F7F80)
+
+
+@triton.jit
 def expand_blocks(
     first,
     qweight_ptr,
@@ -23,24 +95,34 @@ def expand_blocks(
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """``out = code * block scale / DIVISOR`` of BLOCK_G consecutive blocks, from block ``first`` on.
-
-    float16 holds every product exactly, and GPUs multiply two of its numbers at once.
-    """
+    """``out = code * block scale / DIVISOR`` of BLOCK_G consecutive blocks, from block ``first`` on."""
     WORDS: tl.constexpr = GROUP // 8
     offs_g = tl.arange(0, BLOCK_G)
     mask_g = offs_g < num_groups - first
     words_ptr = qweight_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first * WORDS
     offs_w = offs_g[:, None] * WORDS + tl.arange(0, WORDS)[None, :]  # [BLOCK_G, words of a block]
     words = tl.load(words_ptr + offs_w, mask=mask_g[:, None], other=0)
-    scale = tl.load(scale_ptr + first + offs_g, mask=mask_g, other=0.0).to(tl.uint8, bitcast=True)
-    scale = (decode_e4m3(scale) * (1.0 / DIVISOR)).to(tl.float16)
-    codes = tl.reshape(words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :], (BLOCK_G, GROUP))
-    # As bits of float16 a code is its value times 2**-14: both formats count 0.5 as a subnormal.
-    bits = ((codes & 7) << 9) | ((codes & 8) << 12)
-    values = bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0 * scale[:, None]
-    offs_k = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [BLOCK_G, G]
-    tl.store(out_ptr + first * GROUP + offs_k, values.to(out_ptr.dtype.element_ty), mask=mask_g[:, None])
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        tl.static_assert(DIVISOR == 8)
+        # A block's values are eight magnitudes, made once. One scale a load, so that a thread has those of its codes.
+        scale = tl.load(scale_ptr + first + tl.max_contiguous(offs_g, 1), mask=mask_g, other=0.0)
+        low, high = scaled_magnitudes(scale.to(tl.float8e4nv, bitcast=True).to(tl.float16))
+        low, high = low[:, None], high[:, None]
+        values = tl.join(four_e4m3(words, low, high, 0), four_e4m3(words, low, high, 1))
+        ELEMENTS: tl.constexpr = GROUP // 4
+        out_ptr = out_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        values = tl.reshape(values, (BLOCK_G, ELEMENTS))
+    else:
+        # float16 holds every product exactly, and GPUs multiply two of its numbers at once.
+        scale = tl.load(scale_ptr + first + offs_g, mask=mask_g, other=0.0).to(tl.uint8, bitcast=True)
+        scale = (decode_e4m3(scale) * (1.0 / DIVISOR)).to(tl.float16)
+        codes = tl.reshape(words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :], (BLOCK_G, GROUP))
+        # As bits of float16 a code is its value times 2**-14: both formats count 0.5 as a subnormal.
+        bits = ((codes & 7) << 9) | ((codes & 8) << 12)
+        values = bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0 * scale[:, None]
+        ELEMENTS: tl.constexpr = GROUP
+    where = offs_g[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]  # [BLOCK_G, elements of a block]
+    tl.store(out_ptr + first * ELEMENTS + where, values.to(out_ptr.dtype.element_ty), mask=mask_g[:, None])
 
 
 @triton.jit
