@@ -7,6 +7,7 @@ stays an ``nn.Linear``: ``F.linear`` on it runs ``svdq::linear``, and anything t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,15 @@ class Fingerprint:
                 f"compute={self.compute!r} needs the 4-bit codes, which a {self.spec.describe()} weight has given up"
             )
 
+    def __deepcopy__(self, memo: dict) -> Fingerprint:
+        return self
+
+
+@functools.cache
+def _the_only(fingerprint: Fingerprint) -> Fingerprint:
+    """One object for equal ones: each call of a compiled block compares all of its weights'."""
+    return fingerprint
+
 
 class SVDQWeight(torch.Tensor):
     """A quantised weight: the components of :class:`~svdq_compile.spec.LinearSpec` behind a dense tensor's face.
@@ -68,8 +78,6 @@ class SVDQWeight(torch.Tensor):
     Raises:
         FingerprintError: a component is missing, left over, or of another shape or dtype than the spec says.
     """
-
-    fingerprint: Fingerprint
 
     @staticmethod
     def __new__(
@@ -113,6 +121,17 @@ class SVDQWeight(torch.Tensor):
             setattr(self, name, getattr(other, name))
 
     @property
+    def fingerprint(self) -> Fingerprint:
+        """What compiled graphs rely on about this weight."""
+        return self._context[0]
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: Fingerprint) -> None:
+        rule = fingerprint.spec.components()
+        self._names = [name for name in COMPONENTS if name in rule]
+        self._context = _the_only(fingerprint), self.dtype
+
+    @property
     def spec(self) -> LinearSpec:
         return self.fingerprint.spec
 
@@ -143,7 +162,7 @@ class SVDQWeight(torch.Tensor):
         return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, share=share), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Fingerprint, torch.dtype]]:
-        return list(self.parts()), (self.fingerprint, self.dtype)
+        return self._names, self._context
 
     @classmethod
     def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride) -> SVDQWeight:

@@ -43,6 +43,19 @@ def test_it_looks_like_the_dense_weight(layer):
     assert layer.weight.packed_nbytes() == sum(p.nbytes for p in layer.weight.parts().values())
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_what_dynamo_compares_is_one_object_for_weights_alike(format):
+    """At every call of a compiled block, for each of its weights, with a deep copy of what it saw first."""
+    one, other = (random_linear(32, 48, format=format).weight for _ in range(2))
+    names, (fingerprint, dtype) = other.__tensor_flatten__()
+    seen = copy.deepcopy(one.__tensor_flatten__()[1])
+    assert names == list(other.parts())
+    assert seen[0] is fingerprint
+    assert seen[1] is dtype
+    changed = other.with_compute("modelopt") if format is not Format.FP8_SVD else other.to(torch.float16)
+    assert changed.__tensor_flatten__()[1] != seen
+
+
 NEEDS_DENSE_VALUES = {
     "add": lambda w: w + 1,
     "transpose": lambda w: w.t(),
