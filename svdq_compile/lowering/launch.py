@@ -68,12 +68,25 @@ def stored(x: ir.TensorBox) -> ir.TensorBox:
 
 def contiguous_rows(x: ir.TensorBox) -> ir.TensorBox:
     """x in memory with unit stride along its last dimension; copied only if it lies otherwise."""
-    return stored(ir.ExternKernel.require_stride1(x))
+    x = ir.ExternKernel.realize_input(x)
+    unit = x.get_stride()[-1] == 1 or x.get_size()[-1] == 1
+    return stored(x) if unit else contiguous(x)
 
 
 def contiguous(x: ir.TensorBox) -> ir.TensorBox:
     """x in memory, contiguous."""
     return stored(ir.ExternKernel.require_contiguous(x))
+
+
+def aligned(x: ir.TensorBox) -> ir.TensorBox:
+    """x in memory from a multiple of 16 bytes on, as tensor descriptors need it; copied only if it lies otherwise."""
+    x = stored(x)
+    offset = x.get_layout().offset * x.get_dtype().itemsize
+    return (
+        x
+        if _compat.V.graph.sizevars.statically_known_multiple_of(offset, 16)
+        else stored(ir.ExternKernel.copy_input(x))
+    )
 
 
 def with_dtype(x: ir.TensorBox, dtype: torch.dtype) -> ir.TensorBox:

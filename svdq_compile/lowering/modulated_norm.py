@@ -28,6 +28,7 @@ class Parts:
         x: [..., K].
         mean, deviation: float32 [..., 1]; deviation is the reciprocal of the standard deviation.
         scale, shift: K elements each, the same for all tokens.
+        position: how many operations the graph had when they were made.
     """
 
     result: ir.TensorBox
@@ -36,6 +37,7 @@ class Parts:
     deviation: ir.TensorBox
     scale: ir.TensorBox
     shift: ir.TensorBox
+    position: int
 
 
 known: contextvars.ContextVar[dict[int, Parts]] = contextvars.ContextVar("svdq_modulated")
@@ -43,8 +45,15 @@ known: contextvars.ContextVar[dict[int, Parts]] = contextvars.ContextVar("svdq_m
 
 
 def parts_of(x: ir.TensorBox) -> Parts | None:
-    """What an activation is made of, if it is such a result."""
-    return known.get({}).get(id(x))
+    """What an activation is made of, if it is such a result and nothing has written to that since."""
+    parts = known.get({}).get(id(x))
+    return None if parts is None or _written(parts) else parts
+
+
+def _written(parts: Parts) -> bool:
+    names = {each.maybe_get_name() for each in (parts.x, parts.scale, parts.shift)}
+    later = _compat.V.graph.operations[parts.position :]
+    return any(not names.isdisjoint(out.get_mutation_names()) for each in later for out in each.get_outputs())
 
 
 def lower(x: ir.TensorBox, scale: ir.TensorBox, shift: ir.TensorBox, eps: float) -> ir.TensorBox:
@@ -69,5 +78,5 @@ def lower(x: ir.TensorBox, scale: ir.TensorBox, shift: ir.TensorBox, eps: float)
     result = cast(add(mul(normalised, gain), cast(shift, torch.float32)), x.get_dtype())
     k = x.get_size()[-1]
     if all(math.prod(part.get_size()) == k for part in (scale, shift)):
-        known.get()[id(result)] = Parts(result, x, mean, deviation, scale, shift)
+        known.get()[id(result)] = Parts(result, x, mean, deviation, scale, shift, len(_compat.V.graph.operations))
     return result

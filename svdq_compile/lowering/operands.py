@@ -25,7 +25,7 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
 
     m, k = call.tokens, call.in_features
     if operand == "plain" and not call.rank:
-        return _smoothed(call), None, None
+        return launch.aligned(_smoothed(call)), None, None
     scaled = operand in kernels.TOKEN_RANGE
     parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
     x, s = _activation(call, call.x if parts is None else parts.x)
@@ -44,6 +44,8 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
     as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
     rows = kernels.ROWS * _compat.ceildiv(m, kernels.ROWS) if whole_tiles else m
+    if as_is and operand == "plain":
+        x = launch.aligned(x)
     result = x if as_is else launch.empty([rows, k], dtype, call.device)
     given = {
         "x_ptr": x,

@@ -236,6 +236,68 @@ def test_a_slice_of_tokens_is_not_copied():
     assert stems(generate(Sliced(), inputs()[:1])) == DENSE
 
 
+class Read(nn.Module):
+    """A linear of something its input is a view of, or made of."""
+
+    def __init__(self, function, mode="fp8", **options):
+        super().__init__()
+        self.function = function
+        self.layer = random_linear(128, 128, compute=mode, **options)
+
+    def forward(self, x):
+        return self.layer(self.function(x))
+
+
+CHANNELS_FIRST = {
+    "transposed": lambda x: x.transpose(1, 2),
+    "normalised": lambda x: F.layer_norm(x.transpose(1, 2), (128,)) * (1 + x[:, None, :, 0]) + x[:, None, :, 1],
+}
+
+
+@pytest.mark.parametrize("tokens", [4, 600])
+@pytest.mark.parametrize("mode", ["fp8", "nvfp4", "bf16"])
+@pytest.mark.parametrize("function", CHANNELS_FIRST.values(), ids=list(CHANNELS_FIRST))
+def test_activations_with_channels_first_are_copied(function, mode, tokens):
+    """Kernels read rows of unit stride, and the number of tokens is no stride of theirs."""
+    code = generate(Read(function, mode), (torch.randn(1, 128, tokens).bfloat16(),))
+    calls = code[code.index("def call(") :]
+    assert f"(1, {tokens})" not in calls
+    assert f"(1, 1, {tokens})" not in calls
+    assert not any("arg0_1" in line for line in calls.splitlines() if "_kernel_" in line)
+
+
+def test_an_operand_that_begins_between_two_16_bytes_is_copied():
+    """Tensor descriptors cannot begin there."""
+
+    def tail(x):
+        return x[1:].view(300, 128)
+
+    layer = Read(tail, "bf16", format=Format.NVFP4, smooth=False)
+    assert stems(generate(layer, (torch.randn(1 + 300 * 128).bfloat16(),)))[0].startswith("triton_poi")
+    even = Read(lambda x: x[8:].view(300, 128), "bf16", format=Format.NVFP4, smooth=False)
+    assert stems(generate(even, (torch.randn(8 + 300 * 128).bfloat16(),))) == ["_expand_kernel", "triton_tem"]
+
+
+def test_what_a_norm_was_made_of_is_not_read_once_it_was_written_to():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (random_linear(128, 128, compute="fp8") for _ in range(2))
+
+        def forward(self, x, scale, shift, columns):
+            x = x * 2
+            y = F.layer_norm(x, (128,)) * (1 + scale) + shift
+            a = self.first(y)
+            x[:, columns] = a[:, :5]
+            return self.second(x) * self.second(y)
+
+    x, scale, shift = (torch.randn(1, n, 128).bfloat16() for n in (300, 1, 1))
+    code = generate(Written(), (x, scale, shift, torch.arange(5)))
+    normed, written, read_again = (name for name in launches(code) if name.startswith("_prepare_kernel"))
+    assert normed != written
+    assert read_again == written
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("modelopt", torch.bfloat16), ("fp8", torch.float32)])
 def test_what_no_kernel_takes_stays_the_operator(mode, dtype):
     code = generate(MLP(mode), inputs(dtype=dtype))

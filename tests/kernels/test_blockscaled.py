@@ -326,6 +326,14 @@ def test_exact_products_in_the_interpreter(tmp_path):
         assert_bits_equal(actual, oracle(*args).float())
 
 
+def test_projections_may_be_summed_before(tmp_path):
+    """As few tokens' are, in the dtype the sum is rounded to."""
+    args = exact_operands(5, 66, 48, 7, 1, False, True, torch.float16, torch.float32, contiguous, 0)
+    summed = (*args[:6], args[6].half(), *args[7:])
+    for actual in interpret([("multiply", args), ("multiply", summed)], tmp_path):
+        assert_bits_equal(actual, oracle(*args).float())
+
+
 def test_products_in_the_interpreter(tmp_path):
     cases = interpreted_products(operands, (torch.float32, torch.float16))
     for args, actual in zip(cases, interpret([("multiply", args) for args in cases], tmp_path)):

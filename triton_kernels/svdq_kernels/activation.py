@@ -257,7 +257,9 @@ def prepare(
     pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
     partials_dtype = x.dtype if few_tokens else torch.float32
     partials = torch.empty(splits, m, rank, dtype=partials_dtype, device=x.device) if rank else None
-    untouched = pre_quant_scale is None and modulation is None and x.is_contiguous()
+    # Tensor descriptors begin at multiples of 16 bytes.
+    readable = x.is_contiguous() and x.data_ptr() % 16 == 0
+    untouched = pre_quant_scale is None and modulation is None and readable
     as_is = operand == "none" or (operand == "plain" and untouched)
     narrow = torch.bfloat16 if x.dtype == torch.float32 else x.dtype
     dtype = torch.float8_e4m3fn if operand == "fp8" else x.dtype if operand == "plain" else narrow

@@ -334,7 +334,7 @@ def multiply_nvfp4(
         input_scale: i, float32, one value or M of them, one per token.
         weight_scale_2: t, float32, one value.
         partials: float32 [S, M, R], whose sum is ``x_hat @ L2.T``, added in ascending order and rounded to the dtype
-            of ``lora_up``; None without a low-rank branch.
+            of ``lora_up``, or that sum [1, M, R] in this dtype; None without a low-rank branch.
         lora_up: L1, bfloat16 or float16 [N, R]; None without a low-rank branch.
         bias: bfloat16, float16 or float32 [N], or None.
         out_dtype: bfloat16, float16 or float32.
@@ -416,8 +416,12 @@ def _check(x_codes, x_scale, qweight, weight_scale, input_scale, weight_scale_2,
         rank = lora_up.shape[-1]
         if lora_up.dtype not in (torch.bfloat16, torch.float16) or tuple(lora_up.shape) != (n, rank):
             raise ValueError(f"lora_up is {lora_up.dtype} {tuple(lora_up.shape)}, needs bfloat16 or float16 ({n}, R)")
-        if partials.dtype != torch.float32 or partials.dim() != 3 or tuple(partials.shape[1:]) != (m, rank):
-            raise ValueError(f"partials is {partials.dtype} {tuple(partials.shape)}, needs float32 (S, {m}, {rank})")
+        summed = partials.dtype == lora_up.dtype and len(partials) == 1
+        if not (partials.dtype == torch.float32 or summed) or tuple(partials.shape[1:]) != (m, rank):
+            raise ValueError(
+                f"partials is {partials.dtype} {tuple(partials.shape)}, needs float32 (S, {m}, {rank}), "
+                f"or {lora_up.dtype} (1, {m}, {rank})"
+            )
     if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (n,)):
         raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, needs bfloat16, float16 or float32 ({n},)")
     if out_dtype not in FLOATS:
