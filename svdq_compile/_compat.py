@@ -69,6 +69,18 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+GRAPHS_OF_A_BLOCK = 64
+"""Graphs Dynamo may compile of one function. Its own limit of eight is soon met by a block's: quantised and unquantised
+blocks are one function, each has a graph for one and one for any image size and prompt length, and some for few tokens.
+"""
+
+
+def allow_graphs_of_a_block() -> None:
+    """Raises Dynamo's limit on the graphs of one function, unless somebody has set it."""
+    if torch._dynamo.config.recompile_limit == 8:
+        torch._dynamo.config.recompile_limit = GRAPHS_OF_A_BLOCK
+
+
 def module_path(placeholder: torch.fx.Node) -> tuple[str, ...] | None:
     """Names on the way to the parameter a placeholder of Dynamo's graph always is, from the outermost; None if unknown.
 

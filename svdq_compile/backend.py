@@ -45,6 +45,7 @@ def svdq(
         TorchVersionError: torch is too old.
     """
     _compat.check_torch()
+    _compat.allow_graphs_of_a_block()
     ours, patches = parse_options(mode, options)
     reports = rewrite(gm, ours.compute, ours.skipped)
     patches |= wanted_settings(reports, patches)
@@ -69,8 +70,11 @@ def refuse_slower_paths(report: Report) -> None:
     """Raises StrictError unless our kernels compute every quantised linear of a graph."""
     slower = [(m, c) for m in report.matched if not (c := select(m.fingerprint, m.device, m.dtype)).fused]
     if slower:
-        lines = sorted({f"  {m.fingerprint.spec.describe()} on {m.device}: {c.kernel} ({c.reason})" for m, c in slower})
-        raise StrictError(f"strict: {len(slower)} linears would take a slower path\n" + "\n".join(lines))
+        lines = [
+            f"  {m.layer}: {m.fingerprint.spec.describe()} on {m.device}: {c.kernel} ({c.reason})" for m, c in slower
+        ]
+        hint = "  hint:   svdq_compile.explain(model) says what runs where; without strict it runs as said"
+        raise StrictError("\n".join([f"strict: {len(slower)} linears would take a slower path", *lines, hint]))
 
 
 def _log_choices(report: Report) -> None:

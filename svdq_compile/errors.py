@@ -179,6 +179,14 @@ class SaveError(CheckpointError):
     hint = "save_checkpoint writes models that load_transformer, load_into or quantize produced"
 
 
+class ModelError(SvdqError, TypeError):
+    """Something other than a model was given for one, such as a pipeline."""
+
+    def __init__(self, given: object) -> None:
+        advice = "give its .transformer" if hasattr(given, "transformer") else "give the transformer, a torch.nn.Module"
+        super().__init__(f"{type(given).__name__} is no model\n  hint:   {advice}")
+
+
 class QuantizeError(SvdqError, ValueError):
     """A model cannot be quantised as asked."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.manifest import Linear, Manifest
-from ..errors import LeftoverKeyError, MissingKeyError, ShapeError, UnknownLinearError
+from ..errors import LeftoverKeyError, MissingKeyError, ModelError, ShapeError, UnknownLinearError
 from ..ops.storage import check_storage, expand, storage_of, stored_spec
 from ..ops.weight import Fingerprint, SVDQWeight
 
@@ -36,8 +36,15 @@ class Slot:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile(model)`` returned, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+    """The module inside what ``torch.compile(model)`` returned, or the model itself.
+
+    Raises:
+        ModelError: it is no module.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise ModelError(inner)
+    return inner
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:

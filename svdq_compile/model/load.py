@@ -19,6 +19,7 @@ from .build import build_model
 from .resident import nbytes_of, resident, size_text
 from .rope import move_tables
 from .share import mark_shared
+from .stock_save import guard
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,13 @@ def load_transformer(
 
         recipe = Recipe(quantize, rank=rank, blocks_kept=blocks_kept)
         manifest, entries = quantize_entries(model, manifest, entries, recipe)
+    elif not manifest.linears and (compute, storage) != ("auto", "packed"):
+        log.warning(
+            "%s has no quantised linear: compute=%r and storage=%r do nothing; quantize='nvfp4_svd' makes some",
+            manifest.folder,
+            compute,
+            storage,
+        )
     _install(model, manifest, entries, compute, storage, dtype or TORCH_DTYPES[manifest.dtype])
     return model.eval().requires_grad_(False)
 
@@ -117,7 +125,8 @@ def load_into(
     storage: str = "packed",
     revision: str | None = None,
 ) -> nn.Module:
-    """Puts a checkpoint's weights into an existing model, for good.
+    """Puts a checkpoint's weights into an existing model, for good; within a :func:`svdq_compile.patch` of it, until
+    that ends.
 
     Tensors go to the device of the model's first tensor, and unquantised ones take the dtype of those they replace.
     If anything is wrong with the checkpoint, the model stays as it was.
@@ -217,6 +226,7 @@ def _install(
     for slot, value in read_parameters(manifest, slots, entries, compute, storage, dtype, quiet=quiet):
         slot.set(value)
     setattr(model, CONFIG_ATTRIBUTE, manifest.quantization_config)
+    guard(model)
     move_tables(model, device_of(model))
     log.info("%s: %s", manifest.folder, resident(model))
 
@@ -241,6 +251,8 @@ def set_compute(model: nn.Module, compute: str) -> nn.Module:
         StorageError: a weight of the model has given up what the mode needs; the model is as it was.
     """
     linears = quantised_linears(model).values()
+    if not linears:
+        log.warning("%s has no quantised linear: compute=%r does nothing", type(unwrap(model)).__name__, compute)
     weights = [module.weight.with_compute(compute) for module in linears]
     for module, weight in zip(linears, weights, strict=True):
         module.weight = nn.Parameter(weight, requires_grad=False)

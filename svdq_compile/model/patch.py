@@ -13,6 +13,7 @@ from torch import nn
 
 from .bind import Slot, check_fit, parameters_of, slots_of, unwrap
 from .load import LoadedCheckpoint, device_of, open_entries, read_parameters
+from .stock_save import guard
 
 Layer = list[tuple[Slot, torch.Tensor]]
 
@@ -64,6 +65,7 @@ def patch(
     with _lock:
         _layers.setdefault(inner, [[(slot, slot.get()) for slot in slots.values()]]).append(layer)
         _put(layer)
+    guard(inner)
     try:
         yield model
     finally:

@@ -22,9 +22,12 @@ from .base import Report, graph_pass, value_of
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One linear the pass rewrote: its node, what its weight is, where it runs, and its activation's dtype."""
+    """One linear the pass rewrote: its node, its name in what is compiled, what its weight is, where it runs, and its
+    activation's dtype.
+    """
 
     node: str
+    layer: str
     fingerprint: Fingerprint
     device: torch.device
     dtype: torch.dtype
@@ -64,7 +67,9 @@ def insert_linear(gm: fx.GraphModule, compute: str = "auto") -> Report:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        matched.append(Match(new.name, fingerprint, value.device, value_of(x).dtype))
+        # Before the module's names come the frame's locals and its variable, behind them the parameter's.
+        layer = ".".join((_compat.module_path(weight) or ())[2:-1]) or new.name
+        matched.append(Match(new.name, layer, fingerprint, value.device, value_of(x).dtype))
     _check_uses(gm.graph)
     return Report("insert_linear", tuple(matched), tuple(left))
 

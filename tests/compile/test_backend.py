@@ -1,6 +1,7 @@
 """A checkpoint ModelOpt exported, compiled every way a user can: the same picture, and no compilation too many."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -180,10 +181,39 @@ def test_unknown_options_are_refused_by_name(arguments, message):
 
 
 def test_strict_names_every_slower_path():
-    layer = random_linear(32, 48)
+    layers = torch.nn.Sequential(random_linear(32, 48), random_linear(16, 32))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="need an NVIDIA GPU") as caught:
-        torch.compile(layer, backend="svdq", options={"strict": True})(torch.randn(5, 48).bfloat16())
-    assert isinstance(caught.value.inner_exception, StrictError)
+        torch.compile(layers, backend="svdq", options={"strict": True})(torch.randn(5, 48).bfloat16())
+    error = caught.value.inner_exception
+    assert isinstance(error, StrictError)
+    assert re.findall(r"^  (.*): nvfp4_svd", str(error), re.M) == ["0", "1"]
+    assert "svdq_compile.explain" in str(error)
+
+
+class Layered(torch.nn.Module):
+    """Its forward is one function, whatever its layer is."""
+
+    def __init__(self, out_features):
+        super().__init__()
+        self.layer = random_linear(out_features, 16)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_one_function_may_have_more_than_dynamos_eight_graphs():
+    """As a block's has, whose kinds and sizes are many; with fullgraph=True the ninth would be an error."""
+    for n in range(1, 11):
+        layered = Layered(16 * n)
+        layered.compile(backend="svdq", fullgraph=True)
+        layered(torch.randn(5, 16).bfloat16())
+    assert unique_graphs() == 10
+
+
+def test_a_limit_somebody_set_stays():
+    with torch._dynamo.config.patch(recompile_limit=3):
+        torch.compile(random_linear(32, 48), backend="svdq")(torch.randn(5, 48).bfloat16())
+        assert torch._dynamo.config.recompile_limit == 3
 
 
 def test_strict_accepts_what_has_nothing_to_speed_up():
