@@ -109,6 +109,7 @@ def _check_linear(module: nn.Module | None, linear: Linear) -> None:
             key=linear.name,
             found=found,
             needed="nn.Linear",
+            hint="an adapter wraps the layer: unload_lora_weights() first" if hasattr(module, "base_layer") else "",
         )
     sizes = (module.out_features, module.in_features)
     stored = (linear.spec.out_features, linear.spec.in_features)

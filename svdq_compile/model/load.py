@@ -13,6 +13,7 @@ from torch import nn
 from ..checkpoint.manifest import Manifest, read_manifest
 from ..checkpoint.tensors import stream
 from ..dtypes import TORCH_DTYPES
+from ..errors import OptionError
 from ..ops.weight import SVDQWeight
 from .bind import Entry, Slot, check_fit, check_modes, new_parameters, slots_of, unwrap
 from .build import build_model
@@ -94,9 +95,12 @@ def load_transformer(
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; nothing is loaded then.
+        OptionError: ``dtype`` is none that models compute in.
         QuantizeError: ``quantize`` with a checkpoint that is quantised already.
         StorageError: no such storage, or ``expanded`` with a compute mode that needs the 4-bit codes.
     """
+    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise OptionError(f"dtype={dtype!r}: needs torch.bfloat16, torch.float16 or torch.float32")
     manifest = read_manifest(path, revision=revision)
     model = build_model(manifest)
     entries = _entries(manifest, device)
