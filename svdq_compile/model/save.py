@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import tempfile
@@ -36,12 +37,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
         The folder that holds the files.
 
     Raises:
-        SaveError: the model has no quantised linear, one of them is expanded, or a tensor would change by writing it.
+        SaveError: the model has no quantised linear, one of them is expanded, they cannot be in one checkpoint, an
+            adapter is on the model, or a tensor would change by writing it. What was in the folder is still there.
     """
     import safetensors.torch
     from huggingface_hub import split_torch_state_dict_into_shards
 
     inner = unwrap(model)
+    _refuse_adapters(inner, path)
     linears = quantised_linears(inner)
     if not linears:
         raise SaveError("the model has no quantised linear", file=path, found=type(inner).__name__)
@@ -54,10 +57,14 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
             found=linears[expanded].weight.spec.format,
             hint="load the checkpoint with storage='packed' and save that",
         )
+    specs = {name: module.weight.spec for name, module in linears.items()}
+    _refuse_mixed(specs, path)
     folder = Path(path)
     if (folder / SUBFOLDER / CONFIG_NAME).is_file():
         folder = folder / SUBFOLDER
-    tensors = _tensors(inner, _checkpoint_dtype(inner), folder)
+    # What the quantised weights were exported beside, whatever the model's other tensors were cast to.
+    dtype = TORCH_DTYPES[next(iter(specs.values())).dtype]
+    tensors = _tensors(inner, dtype, folder)
     folder.mkdir(parents=True, exist_ok=True)
     pattern = WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -70,7 +77,7 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(aside / INDEX_NAME, index)
-        _write_json(aside / CONFIG_NAME, _config(inner, linears))
+        _write_json(aside / CONFIG_NAME, _config(inner, specs))
         for stale in (*folder.glob("diffusion_pytorch_model*.safetensors"), folder / INDEX_NAME):
             stale.unlink(missing_ok=True)
         for written in aside.iterdir():
@@ -78,10 +85,35 @@ def save_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, max_shard
     return folder
 
 
-def _checkpoint_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype the quantised weights were exported beside, whatever the model's other tensors were cast to."""
-    weights = (slot.get() for slot in slots_of(model).values())
-    return TORCH_DTYPES[next(value.spec.dtype for value in weights if isinstance(value, SVDQWeight))]
+def _refuse_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """PEFT wraps a linear in a layer of its own, and so renames the tensors; a checkpoint has no such names."""
+    wrapped = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    adapters = getattr(model, "peft_config", None)
+    if wrapped is None and not adapters:
+        return
+    raise SaveError(
+        "the model carries an adapter, which ModelOpt's format has no place for",
+        file=path,
+        key=wrapped,
+        found=f"PEFT adapters {', '.join(adapters)}" if adapters else "a layer around the model's own (base_layer)",
+        hint="unload the adapters first: pipe.unload_lora_weights()",
+    )
+
+
+def _refuse_mixed(specs: dict[str, LinearSpec], path: str | os.PathLike[str]) -> None:
+    """A checkpoint has one dtype, and one flag for all its activation scales."""
+    kinds = {name: f"{x.dtype}, activation scale {'per token' if x.dynamic else 'stored'}" for name, x in specs.items()}
+    first = next(iter(kinds))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise SaveError(
+                "quantised linears that cannot be in one checkpoint",
+                file=path,
+                key=f"{name}.weight",
+                found=kind,
+                needed=f"{kinds[first]}, as {first} has it",
+                hint="give the model the weights of one checkpoint only (load_into)",
+            )
 
 
 def _tensors(model: nn.Module, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
@@ -116,15 +148,44 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _config(model: nn.Module, linears: dict[str, nn.Linear]) -> dict:
+def _config(model: nn.Module, specs: dict[str, LinearSpec]) -> dict:
     config = {k: v for k, v in dict(getattr(model, "config", {})).items() if k != "quantization_config"}
     config["_class_name"] = type(model).__name__
-    stored = getattr(model, CONFIG_ATTRIBUTE, None)
-    config["quantization_config"] = stored or quantization_config(
-        {name: module.weight.spec for name, module in linears.items()},
-        [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears],
+    own = quantization_config(
+        specs, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in specs]
     )
+    # The weights may have been replaced since the stored one was read.
+    stored = getattr(model, CONFIG_ATTRIBUTE, None)
+    config["quantization_config"] = stored if stored and _agrees(stored, own, specs) else own
     return config
+
+
+def _agrees(stored: dict, own: dict, specs: dict[str, LinearSpec]) -> bool:
+    """Whether a quantization_config that was read says of these linears what their own one says."""
+    linears = [*specs, *own["ignore"]]
+    if _statements(stored, linears) != _statements(own, linears):
+        return False
+    ranks = {spec.rank for spec in specs.values() if spec.format is Format.NVFP4_SVD}
+    # Of several ranks it can name no more than one.
+    return len(ranks) != 1 or _group_entry(stored, "lora_rank", *ranks) == next(iter(ranks))
+
+
+def _statements(config: dict, linears: list[str]) -> tuple:
+    """What a reader takes from a quantization_config: algorithm, activation scales, smoothing, what is left out."""
+    dynamic = any(g.get("input_activations", {}).get("dynamic") is True for g in _groups(config))
+    smooth = _group_entry(config, "pre_quant_scale", True) is not False
+    ignore = config.get("ignore")
+    globs = [glob for glob in ignore if isinstance(glob, str)] if isinstance(ignore, list) else []
+    left_out = {name for name in linears if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
+    return config["quant_algo"], dynamic, smooth, left_out
+
+
+def _groups(config: dict) -> list[dict]:
+    return list(config.get("config_groups", {}).values())
+
+
+def _group_entry(config: dict, key: str, default: object) -> object:
+    return next((group[key] for group in _groups(config) if key in group), default)
 
 
 def quantization_config(specs: dict[str, LinearSpec], dense: list[str]) -> dict:
@@ -146,7 +207,9 @@ def quantization_config(specs: dict[str, LinearSpec], dense: list[str]) -> dict:
         "targets": ["Linear"],
     }
     if main is Format.NVFP4_SVD:
-        group |= {"has_zero_point": False, "pre_quant_scale": some.smooth, "lora_rank": some.rank}
+        # Read as a promise about every low-rank linear.
+        smooth = all(spec.smooth for spec in specs.values() if spec.format is main)
+        group |= {"has_zero_point": False, "pre_quant_scale": smooth, "lora_rank": some.rank}
     return {
         "config_groups": {"group_0": group},
         "ignore": sorted(dense),
