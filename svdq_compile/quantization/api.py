@@ -32,15 +32,18 @@ def quantize(
     The model itself stays as it is; ModelOpt works on a copy, so memory must hold the model twice.
 
         def calibrate(transformer):
-            pipe.transformer = transformer
-            for prompt in prompts:
-                pipe(prompt, num_inference_steps=30, output_type="latent")
+            own, pipe.transformer = pipe.transformer, transformer
+            try:
+                for prompt in prompts:
+                    pipe(prompt, num_inference_steps=30, output_type="latent")
+            finally:
+                pipe.transformer = own
 
         quantised = svdq_compile.quantize(pipe.transformer, calibrate, output="qwen-image-nvfp4-svd")
 
     Args:
         model: the transformer, in the dtype the checkpoint shall have (bfloat16 as a rule).
-        forward_loop: runs calibration inputs through the model it is given; called up to three times.
+        forward_loop: runs calibration inputs through the model it is given, a copy; called up to three times.
         format: ``nvfp4_svd``, ``nvfp4`` or ``fp8``.
         rank: rank of the low-rank branch.
         blocks_kept: blocks at each end that stay unquantised.
@@ -53,7 +56,8 @@ def quantize(
         A new model with the checkpoint's weights, on the model's device.
 
     Raises:
-        QuantizeError: the model cannot be quantised as asked.
+        QuantizeError: the model cannot be quantised as asked or is quantised already, or ``forward_loop`` does not
+            run the model it is given.
         MissingPackageError: ModelOpt or onnx is not installed.
     """
     inner = unwrap(model)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError, QuantizeError
+from ..model.load import quantised_linears
 from ..spec import GROUP_SIZE, Format
 from .fake_quant import INSTALL, cpu_nvfp4
 from .recipes import BLOCKS, Recipe, quant_config
@@ -54,15 +55,17 @@ def export(
 
     Raises:
         MissingPackageError: ModelOpt or onnx is not installed.
-        QuantizeError: the model has no blocks, too few of them, or a linear that NVFP4 cannot store.
+        QuantizeError: the model has no blocks, too few of them, or a linear that is quantised already or that NVFP4
+            cannot store; or ``forward_loop`` leaves a linear without input. Nothing is written then.
     """
     # Importing ModelOpt draws random numbers too.
     with _kept_random_state():
         mtq, export_hf_checkpoint = _modelopt()
-        config = quant_config(recipe, _check(model, recipe))
+        linears = _check(model, recipe)
+        config = quant_config(recipe, len(getattr(model, BLOCKS)))
         output = Path(output)
         worked_on = (deepcopy(model) if copy else model).eval()
-        loop = _Loop(forward_loop, PASSES[recipe.format])
+        loop = _Loop(forward_loop, PASSES[recipe.format], linears)
         with cpu_nvfp4(), _complete_dummy_inputs(), _prints_to_log(), torch.no_grad(), loop:
             _seed(seed)
             mtq.quantize(worked_on, config, loop)
@@ -85,21 +88,27 @@ def _modelopt() -> tuple[Any, Callable[..., None]]:
     return mtq, export_hf_checkpoint
 
 
-def _check(model: torch.nn.Module, recipe: Recipe) -> int:
-    """Number of blocks, after making sure that every linear to be quantised can be stored."""
+def _check(model: torch.nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the linears to be quantised, after making sure that every one can be stored."""
+    from modelopt.torch.quantization.utils import is_quantized
+
     blocks = getattr(model, BLOCKS, None)
     if not isinstance(blocks, torch.nn.ModuleList):
         raise QuantizeError(f"{type(model).__name__} has no {BLOCKS}; give the pipeline's transformer")
+    if quantised_linears(model) or is_quantized(model):
+        raise QuantizeError(f"this {type(model).__name__} is quantised already; give the unquantised one")
+    linears = []
     for index in recipe.quantized_blocks(len(blocks)):
         for name, module in blocks[index].named_modules():
-            if not isinstance(module, torch.nn.Linear) or recipe.format is Format.FP8:
+            if not isinstance(module, torch.nn.Linear):
                 continue
-            if module.in_features % GROUP_SIZE:
+            if module.in_features % GROUP_SIZE and recipe.format is not Format.FP8:
                 raise QuantizeError(
                     f"{BLOCKS}.{index}.{name} has {module.in_features} inputs; "
                     f"{recipe.format} needs a multiple of {GROUP_SIZE}"
                 )
-    return len(blocks)
+            linears.append(f"{BLOCKS}.{index}.{name}")
+    return linears
 
 
 class _Loop:
@@ -110,11 +119,13 @@ class _Loop:
     Args:
         forward_loop: the caller's loop.
         passes: how often ModelOpt will call it.
+        linears: names of those that every call must run; without input they get no activation scale.
     """
 
-    def __init__(self, forward_loop: Callable[[torch.nn.Module], Any], passes: int) -> None:
+    def __init__(self, forward_loop: Callable[[torch.nn.Module], Any], passes: int, linears: list[str]) -> None:
         self.forward_loop = forward_loop
         self.passes = passes
+        self.linears = linears
         self.stdout = sys.stdout
         self.done = 0
         self.forwards = 0
@@ -129,13 +140,28 @@ class _Loop:
         self.bar.close()
 
     def __call__(self, model: torch.nn.Module) -> None:
-        hook = model.register_forward_hook(self._count)
+        before, ran = self.forwards, set()
+        hooks = [model.register_forward_hook(self._count)]
+        hooks += [
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.add(name))
+            for name in self.linears
+        ]
         try:
             with contextlib.redirect_stdout(self.stdout):
                 self.forward_loop(model)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         self.done += 1
+        idle = [name for name in self.linears if name not in ran]
+        if idle:
+            raise QuantizeError(
+                f"calibration left {len(idle)} of {len(self.linears)} linears without input, first {idle[0]}\n"
+                f"  found:  {self.forwards - before} forward passes of the model in call {self.done} of forward_loop\n"
+                "  needed: every call runs inputs through the model it is given\n"
+                "  hint:   put that model into the pipeline (pipe.transformer = model), and begin anew with the data "
+                "on every call"
+            )
         if self.done == 1:
             self.bar.total = self.forwards * self.passes
             self.bar.refresh()

@@ -1,5 +1,8 @@
 """``svdq_compile.quantize``: through ModelOpt's files to a new model, the old one untouched."""
 
+import inspect
+import textwrap
+
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -43,3 +46,40 @@ def test_without_an_output_the_files_are_temporary(model):
 def test_an_unknown_format_is_refused(model):
     with pytest.raises(QuantizeError, match="int4"):
         svdq_compile.quantize(model, calibrate, format="int4")
+
+
+def test_what_is_quantised_already_is_refused(model, tmp_path):
+    quantised = svdq_compile.quantize(model, calibrate, format="nvfp4", blocks_kept=1)
+    with pytest.raises(QuantizeError, match="is quantised already"):
+        svdq_compile.quantize(quantised, calibrate, blocks_kept=1, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loop_that_ignores_its_argument_is_refused(model, tmp_path):
+    with pytest.raises(QuantizeError, match="needed: every call runs inputs through the model it is given"):
+        svdq_compile.quantize(model, lambda _: calibrate(model), blocks_kept=1, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documented_loop_gives_the_pipeline_its_transformer_back(model, monkeypatch):
+    """The example as it stands, with a pipeline that runs its transformer."""
+    calls = []
+
+    class Pipe:
+        transformer = model
+
+        def __call__(self, prompt, **options):
+            calls.append((prompt, self.transformer))
+            if prompt == "broken":
+                raise ZeroDivisionError
+
+    text = inspect.getdoc(svdq_compile.quantize)
+    example = textwrap.dedent(text[text.index("    def calibrate") : text.index("Args:")])
+    pipe, copied, found = Pipe(), torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(svdq_compile, "quantize", lambda transformer, loop, output: found.append((transformer, loop)))
+    exec(example, {"pipe": pipe, "prompts": ["one", "broken"], "svdq_compile": svdq_compile})
+    ((given, loop),) = found
+    with pytest.raises(ZeroDivisionError):
+        loop(copied)
+    assert given is pipe.transformer is model
+    assert calls == [("one", copied), ("broken", copied)]

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+import svdq_compile
 from svdq_compile.errors import MissingPackageError, QuantizeError
 from svdq_compile.quantization.modelopt import _Loop, export
 from svdq_compile.quantization.recipes import Recipe
@@ -99,9 +100,67 @@ def test_refuses_before_calibrating(tmp_path):
         export(model, never, tmp_path, Recipe(blocks_kept=0))
 
 
+def idle(model):
+    """What a loop does that runs the pipeline with its own transformer."""
+
+
+def once():
+    """A loop over data that can be read once only."""
+    data = iter([0])
+    return lambda model: [calibrate(model) for _ in data]
+
+
+def all_but_one(model):
+    """The blocks' linears alone, without one of them."""
+    for name, module in model.transformer_blocks.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "0.attn.to_k":
+            module(torch.randn(1, 8, module.in_features))
+
+
+@pytest.mark.parametrize("format", [Format.NVFP4_SVD, Format.NVFP4, Format.FP8])
+@pytest.mark.parametrize(("loop", "count", "first"), [(idle, 14, "img_mod.1"), (all_but_one, 1, "attn.to_k")])
+def test_a_loop_that_does_not_run_the_model_is_refused(tmp_path, format, loop, count, first):
+    message = f"left {count} of 14 linears without input, first transformer_blocks.0.{first}\n"
+    with pytest.raises(QuantizeError, match=message) as caught:
+        export(tiny(), loop, tmp_path / "out", Recipe(format, rank=4, blocks_kept=0))
+    assert "0 forward passes of the model in call 1 of forward_loop" in str(caught.value)
+    assert "pipe.transformer = model" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_ends_before_the_last_call_is_refused(tmp_path):
+    with pytest.raises(QuantizeError, match="0 forward passes of the model in call 2 of forward_loop"):
+        export(tiny(), once(), tmp_path / "out", Recipe(rank=4, blocks_kept=0))
+    assert not (tmp_path / "out").exists()
+    export(tiny(), once(), tmp_path / "out", Recipe(Format.NVFP4, blocks_kept=0))
+
+
+def test_a_forward_that_is_called_directly_counts(tmp_path):
+    def loop(model):
+        calibrate(model.forward)
+
+    export(tiny(), loop, tmp_path, Recipe(Format.NVFP4, blocks_kept=0))
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_what_is_quantised_already_is_refused(tmp_path):
+    """Ours, and the copy ModelOpt calibrated."""
+    copies = []
+
+    def loop(model):
+        copies.append(model)
+        calibrate(model)
+
+    ours = svdq_compile.load_transformer(export(tiny(), loop, tmp_path / "in", Recipe(Format.NVFP4, blocks_kept=0)))
+    for model in (ours, *copies):
+        with pytest.raises(QuantizeError, match="this QwenImageTransformer2DModel is quantised already"):
+            export(model, calibrate, tmp_path / "out", Recipe(blocks_kept=0))
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_counts_forward_passes():
     model = torch.nn.Linear(4, 4)
-    loop = _Loop(lambda model: [model(torch.ones(4)) for _ in range(5)], passes=3)
+    loop = _Loop(lambda model: [model(torch.ones(4)) for _ in range(5)], passes=3, linears=[])
     with loop:
         loop(model)
         assert (loop.bar.n, loop.bar.total) == (5, 15)
@@ -115,7 +174,7 @@ def test_disabled_progress_bars_do_not_stop_calibration():
     from diffusers.utils import logging as diffusers_logging
 
     model = torch.nn.Linear(2, 2)
-    loop = _Loop(lambda module: module(torch.zeros(1, 2)), passes=3)
+    loop = _Loop(lambda module: module(torch.zeros(1, 2)), passes=3, linears=[])
     diffusers_logging.disable_progress_bar()
     try:
         with loop:
