@@ -255,7 +255,7 @@ class OffloadError(CaptureError):
 
 
 class OptionError(SvdqError, ValueError):
-    """An option or mode of ``torch.compile(backend="svdq")`` is unknown or has a bad value."""
+    """An option of ``torch.compile(backend="svdq")``, of a command or of a plan is unknown or has a bad value."""
 
 
 class TorchVersionError(SvdqError, RuntimeError):

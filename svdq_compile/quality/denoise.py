@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..dtypes import DTYPE_NAMES
+from ..errors import OptionError
 from .metrics import psnr, ssim
 from .perceptual import load_lpips
 from .plain import finite_or_none
@@ -36,6 +37,9 @@ class Denoising:
         height: pixels; None for the pipeline's own.
         cfg: true_cfg_scale.
         negative_prompt: what to avoid.
+
+    Raises:
+        OptionError: ``prompts`` is one text instead of several.
     """
 
     prompts: tuple[str, ...]
@@ -45,6 +49,10 @@ class Denoising:
     height: int | None = None
     cfg: float = 4.0
     negative_prompt: str = " "
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise OptionError(f"prompts takes a tuple of texts, not the string {self.prompts!r}: ({self.prompts!r},)")
 
     @property
     def pictures(self) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 import svdq_compile
+from svdq_compile.errors import OptionError
 from svdq_compile.quality.denoise import Denoising, DenoisingRun, pixels
 from svdq_compile.quality.record import Call, recorded, spread
 
@@ -45,6 +46,13 @@ class Pipe:
             x = self.transformer(x=x)[0]
         image = Image.fromarray((x.clamp(0, 1) * 255).round().byte().numpy())
         return type("Output", (), {"images": [image]})
+
+
+def test_prompts_that_are_one_text_are_refused():
+    """It would be drawn letter by letter."""
+    with pytest.raises(OptionError, match="not the string 'a red seven': \\('a red seven',\\)"):
+        Denoising(prompts=("a red seven"))
+    assert Denoising(prompts=["a red seven"]).pictures == [("a red seven", 0)]
 
 
 def test_the_same_transformer():
