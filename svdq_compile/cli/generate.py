@@ -161,12 +161,14 @@ def plan_of(options: argparse.Namespace) -> Denoising:
 
 
 def check_backend(options: argparse.Namespace) -> None:
-    """Refuses a backend of ``torch.compile`` that is not installed.
+    """Refuses a backend of ``torch.compile`` that is not installed, and a mode of it where nothing is compiled.
 
     Raises:
-        OptionError: no such backend; names the nearest.
+        OptionError: no such backend, and the nearest; or a mode other than ``default`` without ``--compile``.
     """
     if options.compile == "none":
+        if options.mode not in (None, "default"):
+            raise OptionError(f"--mode {options.mode} is for --compile regional or whole, not none")
         return
     import torch
 

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 FORMATS = (Format.NVFP4_SVD, Format.NVFP4, Format.FP8)
 
+CALIBRATION = {
+    "count": None,
+    "steps": 30,
+    "width": None,
+    "height": None,
+    "cfg": 4.0,
+    "negative_prompt": " ",
+    "seed": 0,
+    "dtype": "bfloat16",
+}
+"""Options that say how to calibrate, and their values where they are not given."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds this subcommand."""
@@ -37,14 +49,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line")
     data.add_argument("--data-free", action="store_true", help="nvfp4 or nvfp4_svd without calibration")
-    add("--count", type=positive, metavar="N", help="take only the first N prompts (all)")
-    add("--steps", type=positive, default=30, help="denoising steps per prompt (30)")
-    add("--width", type=positive, help="pixels (the pipeline's own)")
-    add("--height", type=positive, help="pixels (the pipeline's own)")
-    add("--cfg", type=float, default=4.0, metavar="SCALE", help="true_cfg_scale (4.0)")
-    add("--negative-prompt", default=" ", metavar="TEXT", help="(one space)")
-    add("--seed", type=int, default=0, help="the same seed gives the same files (0)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype to calibrate and export in (bfloat16)")
+    calibrating = parser.add_argument_group("calibration", argument_default=argparse.SUPPRESS)
+    add_calibration = calibrating.add_argument
+    add_calibration("--count", type=positive, metavar="N", help="take only the first N prompts (all)")
+    add_calibration("--steps", type=positive, help="denoising steps per prompt (30)")
+    add_calibration("--width", type=positive, help="pixels (the pipeline's own)")
+    add_calibration("--height", type=positive, help="pixels (the pipeline's own)")
+    add_calibration("--cfg", type=float, metavar="SCALE", help="true_cfg_scale (4.0)")
+    add_calibration("--negative-prompt", metavar="TEXT", help="(one space)")
+    add_calibration("--seed", type=int, help="the same seed gives the same files (0)")
+    add_calibration("--dtype", choices=DTYPES, help="dtype to calibrate and export in (bfloat16)")
     add_device(parser)
     add("--transformer-only", action="store_true", help="write DIR/transformer and nothing else")
     parser.set_defaults(run=run)
@@ -67,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"{target} exists; remove it or choose another --output")
     if args.all_svd and args.format != Format.NVFP4_SVD:
         raise OptionError(f"--all-svd is for --format nvfp4_svd, not {args.format}")
+    complete(args)
     prompts = None if args.data_free else read_prompts(Path(args.prompts), args.count)
     needs_pipeline = prompts is not None or not args.transformer_only
     source = pipeline_folder(args.model) if needs_pipeline else None
@@ -80,6 +95,19 @@ def run(args: argparse.Namespace) -> int:
         copy_rest(source, output)
     print(f"written: {target if args.transformer_only else output}")
     return 0
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Gives the options of the calibration that are not given their values.
+
+    Raises:
+        OptionError: one is given and there is no calibration.
+    """
+    given = [name for name in CALIBRATION if hasattr(args, name)]
+    if args.data_free and given:
+        option = given[0].replace("_", "-")
+        raise OptionError(f"--{option} is for calibration with --prompts, not for --data-free")
+    vars(args).update({name: value for name, value in CALIBRATION.items() if name not in given})
 
 
 def read_prompts(file: Path, count: int | None) -> list[str]:

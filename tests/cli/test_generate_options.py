@@ -121,6 +121,10 @@ def test_abbreviations_are_refused():
         (["--model", "no/such/folder"], "no such folder, and not a Hub id"),
         (["--model", "."], "the folder is no pipeline"),
         (["--model", "m/m", "--compile", "regional", "--backend", "svqd"], "did you mean 'svdq'?"),
+        (
+            ["--model", "m/m", "--mode", "max-autotune"],
+            "--mode max-autotune is for --compile regional or whole, not none",
+        ),
         (["--model", "m/m", "--device", "abacus"], "--device abacus: "),
     ],
 )
@@ -128,6 +132,15 @@ def test_what_cannot_run_is_refused_early(words, message, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--prompt", "p", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_mode_in_a_file_needs_compilation_too(config, capsys):
+    file = config("model: m/m\nprompt: p\ncompile: regional\nmode: max-autotune\n")
+    assert main(["generate", str(file), "--compile", "none", "--compare", "bf16"]) == 1
+    assert "--mode max-autotune is for --compile regional or whole" in capsys.readouterr().err
+    # The default mode asks for nothing: with it the file's can be taken back.
+    assert main(["generate", str(file), "--compile", "none", "--mode", "default", "--device", "abacus"]) == 1
+    assert "--device abacus" in capsys.readouterr().err
 
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch, capsys):

@@ -108,6 +108,38 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, words, mes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--count", "1"],
+        ["--steps", "30"],
+        ["--width", "64"],
+        ["--height", "64"],
+        ["--cfg", "4"],
+        ["--negative-prompt", " "],
+        ["--seed", "0"],
+        ["--dtype", "float16"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_options_of_the_calibration_are_refused_without_one(tmp_path, words, capsys):
+    """Given at all: their defaults too would do nothing."""
+    out = tmp_path / "out"
+    assert main(["quantize", "model", "--output", str(out), "--data-free", "--transformer-only", *words]) == 1
+    assert f"{words[0]} is for calibration with --prompts, not for --data-free" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_options_of_the_calibration_and_their_defaults(monkeypatch):
+    seen = []
+    monkeypatch.setattr(quantize, "run", lambda args: seen.append(args) or 0)
+    words = ["quantize", "model", "--output", "out", "--prompts", "prompts.txt", "--steps", "7", "--dtype", "float32"]
+    assert main(words) == 0
+    quantize.complete(seen[0])
+    found = {name: getattr(seen[0], name) for name in quantize.CALIBRATION}
+    assert found == {**quantize.CALIBRATION, "steps": 7, "dtype": "float32"}
+
+
 def test_an_existing_transformer_is_never_overwritten(tmp_path, capsys):
     (tmp_path / "transformer").mkdir()
     assert main(["quantize", "model", "--output", str(tmp_path), "--data-free"]) == 1
