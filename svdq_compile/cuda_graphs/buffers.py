@@ -26,9 +26,11 @@ class StaticInput:
             raise Refused(f"an argument of shape {list(like.shape)} and strides {like.stride()} overlaps itself")
         span = 1 + sum((n - 1) * s for n, s in zip(source.shape, source.stride())) if source.numel() else 0
         offset = like.data_ptr() % ALIGNMENT // like.element_size()
-        storage = torch.empty(span + offset, dtype=like.dtype, device=like.device)
-        self._target = storage.as_strided(source.shape, source.stride(), offset)
-        self.tensor = self._target.expand(like.shape)
+        # An inference tensor would count no versions, by which writes into it are found.
+        with torch.inference_mode(False):
+            storage = torch.empty(span + offset, dtype=like.dtype, device=like.device)
+            self._target = storage.as_strided(source.shape, source.stride(), offset)
+            self.tensor = self._target.expand(like.shape)
         self.nbytes = storage.numel() * storage.element_size()
         self._target.copy_(source)
 

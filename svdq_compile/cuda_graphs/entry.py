@@ -96,5 +96,4 @@ class Entry:
 
 
 def _version_sum(inputs: list[StaticInput]) -> int:
-    # Inference tensors count no versions.
-    return sum(0 if b.tensor.is_inference() else b.tensor._version for b in inputs)
+    return sum(buffer.tensor._version for buffer in inputs)

@@ -34,7 +34,9 @@ class FakeRecording:
         self._pool, self._function = pool, function
         self._weights = pool.weights()
         leaves, tree = pytree.tree_flatten(function())
-        self._static = [torch.empty_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        # Poisoned in any mode, and an inference tensor may be written in its own only.
+        with torch.inference_mode(False):
+            self._static = [torch.empty_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.poison()
         self.outputs = pytree.tree_unflatten(self._static, tree)
 
@@ -122,7 +124,8 @@ class FakeGraphs:
     def weights(self) -> list[tuple[dict, dict]]:
         """Every table of parameters and buffers, and what lies there; storage is shared, objects are not."""
         tables = [t for m in self._model.modules() for t in (m._parameters, m._buffers) if t]
-        return [(t, {k: v if v is None else _alias(v) for k, v in t.items()}) for t in tables]
+        with torch.inference_mode(False):
+            return [(t, {k: v if v is None else _alias(v) for k, v in t.items()}) for t in tables]
 
     @contextlib.contextmanager
     def swapped(self, weights: list[tuple[dict, dict]]):

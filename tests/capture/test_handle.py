@@ -293,16 +293,23 @@ def test_the_models_own_errors_pass_and_leave_a_working_handle(model, captured):
     assert_bits_equal(call(model), expected)
 
 
-def test_a_forward_that_writes_into_its_arguments_is_refused(captured):
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[0, 1:]], ids=["whole", "part"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_writes_into_its_arguments_is_refused(captured, mode, view):
     class Adder(torch.nn.Linear):
         def forward(self, x):
-            return super().forward(x.add_(1))
+            view(x).add_(1)
+            return super().forward(x)
 
     model = Adder(2, 2)
     handle, graphs = captured(model, strict=False)
-    x = torch.zeros(1, 2)
-    model(x)
-    assert torch.equal(x, torch.ones(1, 2))
+    with mode():
+        x, right = torch.zeros(1, 2), torch.zeros(1, 2)
+        for _ in range(2):
+            view(right).add_(1)
+            assert_bits_equal(model(x), torch.nn.functional.linear(right, model.weight, model.bias))
+            assert_bits_equal(x, right)
+    assert list(handle.report().uncaptured.values()) == [2]
     assert "writes into its arguments" in next(iter(handle.report().uncaptured))
     assert graphs.recordings == []
 

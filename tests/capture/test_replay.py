@@ -38,6 +38,21 @@ def test_bits_for_changing_values_prompts_sizes_and_batches(model, captured):
     assert [shape.replays for shape in handle.report().shapes] == [3] * len(calls)
 
 
+def test_tensors_of_inference_mode_and_others_by_turns(model, captured):
+    """Inside the mode and outside are graphs of their own; whichever tensors are given, their values are read."""
+    plain = copy.deepcopy(model)
+    _, graphs = captured(model)
+    normal = vary(example_inputs(model), 1)
+    with torch.inference_mode():
+        calls = [normal, vary(example_inputs(model), 2), vary(normal, 3)]
+    for _ in range(2):
+        for inputs in calls:
+            for mode in (torch.inference_mode, torch.no_grad):
+                with mode():
+                    assert_bits_equal(model(**inputs)[0], plain(**inputs)[0])
+    assert graphs.recorded == 2
+
+
 def test_outputs_belong_to_the_caller(model, captured):
     """Results of earlier steps and of other shapes stay as they were, and inputs are not written."""
     captured(model)
