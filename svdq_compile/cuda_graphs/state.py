@@ -18,6 +18,8 @@ from .refusal import Refused, hooks_of
 
 INSTANCE_ATTRIBUTES = ("forward", "_compiled_call_impl", "processor", "training")
 """Entries of a module's ``__dict__`` that decide what it computes and may be replaced by others."""
+PLAIN = (torch.Tensor, nn.Parameter)
+"""Classes of tensors that lie at an address."""
 
 
 class _Same:
@@ -110,10 +112,12 @@ class ModelState:
             if name in INSTANCE_ATTRIBUTES or isinstance(value, torch.Tensor)
         ]
         self._held = list(self._tensors())
-        self._wrappers = [tensor for tensor in self._held if is_traceable_wrapper_subclass(tensor)]
-        self._plain = [tensor for tensor in self._held if type(tensor) in (torch.Tensor, nn.Parameter)]
-        self._held += [part for wrapper in self._wrappers for part in vars(wrapper).values()]
+        self._wrappers = [vars(tensor) for tensor in self._held if is_traceable_wrapper_subclass(tensor)]
+        self._plain = [tensor for tensor in self._held if type(tensor) in PLAIN]
+        self._held += [part for wrapper in self._wrappers for part in wrapper.values()]
         self._held += [d[name] for d, name in self._attributes]
+        # ``.data`` moves a tensor that stays the object it is.
+        self._placed = [tensor for tensor in self._held if type(tensor) in PLAIN]
         self._processors = [p for d in self._dicts if (p := d.get("processor")) is not None]
         self._known_structure, self._known_contents = self._structure(), self._contents()
 
@@ -126,14 +130,14 @@ class ModelState:
         return [*map(len, self._dicts), *map(len, self._tables), *map(id, children)]
 
     def _contents(self) -> list:
-        """Which tensors and other objects are where, and where plain tensors lie, as what."""
+        """Which tensors and other objects are where, where all tensors lie, and what dtype those of the tables have."""
         tensors = itertools.chain.from_iterable(map(dict.values, self._tables))
-        parts = itertools.chain.from_iterable([vars(wrapper).values() for wrapper in self._wrappers])
+        parts = itertools.chain.from_iterable(map(dict.values, self._wrappers))
         return [
             *map(id, tensors),
             *map(id, parts),
             *[id(d.get(name)) for d, name in self._attributes],
-            *map(torch.Tensor.data_ptr, self._plain),
+            *map(torch.Tensor.data_ptr, self._placed),
             *[tensor.dtype for tensor in self._plain],
             *[getattr(processor, "_attention_backend", None) for processor in self._processors],
         ]
@@ -158,7 +162,7 @@ def _describe(tensor: torch.Tensor | None, parts: list[Hashable]) -> None:
         parts.append(context)
         for name in names:
             _describe(getattr(tensor, name), parts)
-    elif type(tensor) in (torch.Tensor, nn.Parameter):
+    elif type(tensor) in PLAIN:
         parts += (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride())
     else:
         raise Refused(f"a weight is a {type(tensor).__name__}, whose storage cannot be watched")

@@ -125,6 +125,18 @@ def new_part(model):
     return lambda: setattr(weight, "qweight", old)
 
 
+def new_data_of_a_part(model):
+    part = model.transformer_blocks[1].attn.to_q.weight.qweight
+    old, part.data = part.data, part.data.clone()
+    return lambda: setattr(part, "data", old)
+
+
+def new_data_of_a_table(model):
+    table = model.pos_embed.pos_freqs
+    old, table.data = table.data, table.data.clone()
+    return lambda: setattr(table, "data", old)
+
+
 def new_table(model):
     old, model.pos_embed.pos_freqs = model.pos_embed.pos_freqs, model.pos_embed.pos_freqs.clone()
     return lambda: setattr(model.pos_embed, "pos_freqs", old)
@@ -178,7 +190,9 @@ def dtype(model):
         new_weight,
         new_data,
         new_part,
+        new_data_of_a_part,
         new_table,
+        new_data_of_a_table,
         new_module,
         fewer_blocks,
         new_forward,
