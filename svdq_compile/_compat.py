@@ -119,6 +119,12 @@ def tunes_gemms() -> bool:
     return inductor_config.max_autotune or inductor_config.max_autotune_gemm
 
 
+def sdpa_priority() -> tuple[int, ...]:
+    """In which order SDPA tries its backends (``sdpa_kernel(..., set_priority=True)``); empty where torch has none."""
+    order = getattr(torch._C, "_get_sdp_priority_order", None)
+    return () if order is None else tuple(order())
+
+
 @contextlib.contextmanager
 def cudagraph_tree_runs() -> Iterator[list[object]]:
     """Collects the calls Inductor's own CUDA graphs (``mode="reduce-overhead"``) serve meanwhile, in any thread."""
@@ -186,6 +192,7 @@ __all__ = [
     "module_path",
     "register_lowering",
     "reset_cudagraph_trees",
+    "sdpa_priority",
     "size_hint",
     "source_hash",
     "template_call",

@@ -14,10 +14,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .._compat import sdpa_priority
 from .refusal import Refused, hooks_of
 
 INSTANCE_ATTRIBUTES = ("forward", "_compiled_call_impl", "processor", "training")
 """Entries of a module's ``__dict__`` that decide what it computes and may be replaced by others."""
+MATMUL_SETTINGS = (
+    "fp32_precision",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction_split_k",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction_split_k",
+    "allow_fp16_accumulation",
+)
+"""Of ``torch.backends.cuda.matmul``; not every torch has all."""
 PLAIN = (torch.Tensor, nn.Parameter)
 """Classes of tensors that lie at an address."""
 
@@ -176,12 +186,11 @@ def environment(device: torch.device) -> Hashable:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
-        matmul.fp32_precision,
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
+        *[getattr(matmul, name, None) for name in MATMUL_SETTINGS],
         backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(),
         backends.math_sdp_enabled(),
         backends.cudnn_sdp_enabled(),
+        sdpa_priority(),
         dispatch and dispatch._AttentionBackendRegistry.get_active_backend()[0],
     )

@@ -253,3 +253,34 @@ def test_settings_that_choose_kernels_count():
     with attention_backend("_native_math"):
         seen.add(environment(CPU))
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("fp32_precision", ["ieee", "tf32"]),
+        ("allow_fp16_accumulation", [False, True]),
+        ("allow_fp16_reduced_precision_reduction", [(False, False), (False, True), (True, True)]),
+        ("allow_bf16_reduced_precision_reduction", [(False, False), (False, True), (True, True)]),
+    ],
+)
+def test_settings_of_matrix_products_count(setting, values):
+    """The second value of a pair allows split K."""
+    matmul = torch.backends.cuda.matmul
+    old, seen = getattr(matmul, setting), set()
+    try:
+        for value in values:
+            setattr(matmul, setting, value)
+            seen.add(environment(CPU))
+    finally:
+        setattr(matmul, setting, old)
+    assert len(seen) == len(values)
+
+
+def test_the_order_of_sdpa_backends_counts():
+    """The same backends, the other way around."""
+    backends = [torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.CUDNN_ATTENTION]
+    with torch.nn.attention.sdpa_kernel(backends, set_priority=True):
+        before = environment(CPU)
+    with torch.nn.attention.sdpa_kernel(backends[::-1], set_priority=True):
+        assert environment(CPU) != before
