@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 SLOT = "_compiled_call_impl"
 """The instance attribute ``nn.Module.__call__`` calls instead of the module's own; ``module.compile`` sets it too."""
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever captures in this process, or frees graphs.
+
+What watches a capture is the process's, and a capture fails if a thread waits for its GPU meanwhile. Taken before a
+handle's own lock, never after it: a captured model may call another.
+"""
 
 
 def capture(model: nn.Module, *, max_shapes: int = 8, strict: bool = False) -> Captured:
@@ -109,7 +115,18 @@ class Captured:
             return self._forward(*args, **kwargs)
         try:
             with self._lock:
-                return self._replay(args, kwargs)
+                key, call = self._read(args, kwargs)
+                entry = self._entries.get(key)
+                if entry is not None:
+                    return self._replay(key, entry, call)
+            with ONE_AT_A_TIME, self._lock:
+                self._follow()
+                # Once more: another thread may have been here before.
+                key, call = self._read(args, kwargs)
+                entry = self._entries.get(key)
+                if entry is None:
+                    entry = self._capture(key, call)
+                return self._replay(key, entry, call)
         except Refused as refusal:
             self._count(str(refusal))
         return self._forward(*args, **kwargs)
@@ -121,7 +138,7 @@ class Captured:
 
     def release(self) -> None:
         """Makes the model what it was and frees every graph; a second time does nothing."""
-        with self._lock:
+        with ONE_AT_A_TIME, self._lock:
             if self.active:
                 del self._model.__dict__[SLOT]
                 if self._own is not None:
@@ -130,7 +147,7 @@ class Captured:
 
     def clear(self) -> None:
         """Frees every graph; the next call captures anew. For changes no tensor and no attribute shows."""
-        with self._lock:
+        with ONE_AT_A_TIME, self._lock:
             if self._graphs is None:
                 return
             self._graphs.finish()
@@ -160,32 +177,33 @@ class Captured:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self._own or self._model._call_impl)(*args, **kwargs)
 
-    def _replay(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Hashable, arguments.Arguments]:
+        """What a graph for this call is kept under, and the call's arguments."""
         device = self._state.device()
         check_call(device)
-        if device != self._device:
-            self._move(device)
         state = self._state.key()
         call = arguments.read(args, kwargs, device)
-        key = (call.key, state, environment(device))
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._capture(key, call, device)
+        return (device, call.key, state, environment(device)), call
+
+    def _replay(self, key: Hashable, entry: Entry | str, call: arguments.Arguments) -> Any:
         self._entries.move_to_end(key)
         if isinstance(entry, str):
             raise Refused(entry)
         with self._graphs.ordered():
             return entry.run(call)
 
-    def _move(self, device: torch.device) -> None:
-        self.clear()
-        move_tables(unwrap(self._model), device)
-        self._device = device
+    def _follow(self) -> None:
+        """Leaves graphs of another device behind."""
+        device = self._state.device()
+        if device != self._device:
+            self.clear()
+            move_tables(unwrap(self._model), device)
+            self._device = device
 
-    def _capture(self, key: Hashable, call: arguments.Arguments, device: torch.device) -> Entry | str:
+    def _capture(self, key: Hashable, call: arguments.Arguments) -> Entry | str:
         self._state.check_devices()
         if self._graphs is None:
-            self._graphs = self._make_graphs(device)
+            self._graphs = self._make_graphs(self._device)
         while len(self._entries) >= self.max_shapes:
             self._evict()
         whole = self._own is not None or self._model is not unwrap(self._model)
@@ -200,7 +218,7 @@ class Captured:
             entry = None if self._entries else "too little memory to capture it"
         if entry is None:
             self.clear()
-            return self._capture(key, call, device)
+            return self._capture(key, call)
         self._entries[key] = entry
         return entry
 

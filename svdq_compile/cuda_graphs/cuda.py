@@ -76,6 +76,8 @@ class CudaGraphs:
     def record(self, function: Callable[[], Any]) -> Recording:
         """Runs a function until it is warm, then captures it.
 
+        One call at a time in a process: what watches the function is the process's.
+
         Args:
             function: the computation; reads nothing from outside that moves or dies.
 

@@ -1,15 +1,22 @@
 """The handle: where it sits, what it keeps, what it gives up, what it refuses and how it says so."""
 
+import contextlib
 import copy
 import logging
 import threading
+import time
+import warnings
 
 import pytest
 import torch
 
 import svdq_compile
+from svdq_compile._compat import CUDAGraphTreeManager, cudagraph_tree_runs
+from svdq_compile.cuda_graphs.captured import install
+from svdq_compile.cuda_graphs.cuda import synchronisations
 from svdq_compile.errors import CaptureError, OffloadError
 from svdq_compile.testing.checkpoints import example_inputs
+from svdq_compile.testing.fake_graphs import FakeGraphs
 from svdq_compile.testing.oracle import assert_bits_equal
 
 
@@ -329,3 +336,77 @@ def test_threads_take_turns(model, captured):
     for thread in threads:
         thread.join()
     assert right == [True] * 15
+
+
+def in_threads(*functions):
+    """Runs them side by side and says whether all came to an end."""
+
+    def run(function):
+        with torch.no_grad():
+            function()
+
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_captures_of_two_models_leave_the_process_as_it_was(captured, monkeypatch):
+    """Each puts back what it found; had the other come in between, it would put back the other's."""
+    mode = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, 1 if new == "warn" else new))
+    before = CUDAGraphTreeManager._run, warnings.showwarning
+    both, first_is_done = threading.Barrier(2), threading.Event()
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    handles = []
+    for model, first in zip(models, (True, False)):
+        handle, graphs = captured(model)
+        handles.append(handle)
+
+        def record(function, record=graphs.record, first=first):
+            with cudagraph_tree_runs(), synchronisations():
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both.wait(timeout=0.5)
+                    assert first or first_is_done.wait(timeout=5)
+                recording = record(function)
+            if first:
+                first_is_done.set()
+            return recording
+
+        graphs.record = record
+    assert in_threads(*(lambda model=model: model(torch.zeros(1, 2)) for model in models))
+    assert [len(handle.report().shapes) for handle in handles] == [1, 1]
+    assert both.broken
+    assert (CUDAGraphTreeManager._run, warnings.showwarning, mode) == (*before, [0])
+
+
+def test_a_captured_model_in_another_is_called_by_two_threads():
+    """Whoever waits for his turn to capture holds no handle that the one who captures may need."""
+    inner = torch.nn.Linear(2, 2)
+    outer = torch.nn.Sequential(inner)
+    x = torch.ones(1, 2)
+    expected = inner(x)
+    # Not by the fixture: it would wait for these threads if they never end.
+    install(inner, 8, True, FakeGraphs(inner))
+    graphs = FakeGraphs(outer)
+    install(outer, 8, True, graphs)
+    recording = threading.Event()
+    results = []
+
+    def record(function, record=graphs.record):
+        recording.set()
+        # The other thread comes as far as it can.
+        time.sleep(0.2)
+        return record(function)
+
+    def other():
+        recording.wait()
+        results.append(inner(x))
+
+    graphs.record = record
+    assert in_threads(lambda: results.append(outer(x)), other)
+    assert_bits_equal(results[0], expected)
+    assert_bits_equal(results[1], expected)
