@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .base import Report, graph_pass, value_of
+from .purity import written_between
 
 aten = torch.ops.aten
 
@@ -61,4 +62,4 @@ def _reason_against(copy: fx.Node) -> str | None:
     value = value_of(copy.args[0])
     if not isinstance(value, torch.Tensor) or value.stride(-1) != 1:
         return "a head's values are not next to each other"
-    return None
+    return "a tensor is written to between it and attention" if written_between((copy, *copy.users)) else None

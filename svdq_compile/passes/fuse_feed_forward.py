@@ -11,6 +11,7 @@ from torch import fx
 from ..ops.feed_forward import feed_forward
 from ..ops.linear import linear
 from .base import Report, graph_pass
+from .purity import written_between
 
 PARTS = slice(1, 9)
 """The arguments of ``svdq::linear`` that are its weight and bias."""
@@ -58,7 +59,9 @@ def _declined(down: fx.Node, gelu: fx.Node, up: fx.Node) -> str | None:
         if len(node.users) > 1:
             return f"{node.name} is used elsewhere too"
         node = node.args[0] if node.args else node.kwargs["input"]
-    return "the first linear's result is used elsewhere too" if len(up.users) > 1 else None
+    if len(up.users) > 1:
+        return "the first linear's result is used elsewhere too"
+    return "a tensor is written to between the linears" if written_between((up, down)) else None
 
 
 def behind_dropout(node: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from ..ops.linear_group import linear_group
 from ..ops.plan import MANY, Plan, apart
 from .base import Report, calls, graph_pass, insert, tokens_of, value_of
 from .heads import Heads, OtherHeads, read_heads
-from .purity import mutates
+from .purity import written_between
 from .real_rope import real_form
 
 CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -65,10 +65,9 @@ def joint_heads(gm: fx.GraphModule) -> Report:
     matched: list[str] = []
     joints, left = _joints(gm.graph)
     order = {node: position for position, node in enumerate(gm.graph.nodes)} if joints else {}
-    written = [position for node, position in order.items() if mutates(node)]
     tables: dict[fx.Node, fx.Node] = {}
     for joint in joints:
-        reason = _reason_against(joint, order, written) or _declined(joint)
+        reason = _reason_against(joint, order) or _declined(joint)
         eps = None if reason else _common_eps(joint)
         if eps is None:
             left += [(cat.name, reason or "the norms' eps differ or are unknown") for cat in joint.cats]
@@ -119,13 +118,12 @@ def _concatenates_heads(node: fx.Node) -> bool:
     return len(values) == 2 and all(isinstance(value, torch.Tensor) and value.dim() == 4 for value in values)
 
 
-def _reason_against(joint: Joint, order: dict[fx.Node, int], written: list[int]) -> str | None:
+def _reason_against(joint: Joint, order: dict[fx.Node, int]) -> str | None:
     """Why the rewritten graph could compute something else, or None.
 
     Args:
         joint: what is to be rewritten.
         order: position of each node in the graph.
-        written: positions of nodes that may write to a tensor.
     """
     for queries, keys, values in joint.streams:
         if queries.table is None or keys.table is None or values.table is not None:
@@ -141,12 +139,11 @@ def _reason_against(joint: Joint, order: dict[fx.Node, int], written: list[int])
     for node in nodes:
         if not node.users.keys() <= nodes.union(joint.cats):
             return f"{node.name} is read elsewhere too"
-    first, last = (pick(order[cat] for cat in joint.cats) for pick in (min, max))
+    first = min(order[cat] for cat in joint.cats)
     read = [node for heads in joint.rotated for node in (heads.weight, heads.table) if node is not None]
     if any(order[node] > first for node in read):
         return "a norm's weight or a table is computed behind the first concatenation"
-    begin = min(order[heads.group] for heads in joint.rotated)
-    if any(begin <= position <= last for position in written):
+    if written_between([*(heads.group for heads in joint.rotated), *joint.cats]):
         return "a tensor is written to between the linears and attention"
     return None
 

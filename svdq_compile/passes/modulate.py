@@ -7,6 +7,7 @@ Its lowering computes mean and deviation of each token, and activation kernels d
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
@@ -20,6 +21,7 @@ from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 from ..ops.modulated_norm import modulated_norm
 from .base import Report, graph_pass, value_of
+from .purity import written_between
 
 READERS = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads)
 """Operators whose activation kernel may normalise what it reads."""
@@ -29,6 +31,24 @@ OF_STREAMS = (joint_feed_forward, joint_heads)
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulated:
+    """``layer_norm(x) * (1 + scale) + shift``.
+
+    Args:
+        x: [..., K].
+        scale, shift: what modulates it.
+        eps: of the LayerNorm.
+        nodes: those that read x, scale and shift; the last one is the sum.
+    """
+
+    x: fx.Node
+    scale: fx.Node
+    shift: fx.Node
+    eps: float
+    nodes: tuple[fx.Node, ...]
 
 
 @graph_pass("LayerNorm and modulation are left to the activation kernels that read them")
@@ -43,15 +63,15 @@ def modulate(gm: fx.GraphModule) -> Report:
     readers = [node for target in READERS for node in gm.graph.find_nodes(op="call_function", target=target)]
     inputs = {x for node in readers for x in (node.args[0] if node.target in OF_STREAMS else node.args[:1])}
     for node in [node for node in gm.graph.nodes if node in inputs]:
-        found = _parts(node)
+        found = _modulated(node)
         if found is None:
             continue
-        x, scale, shift, eps = found
-        if any(user.target not in READERS for user in node.users):
-            left.append((node.name, "something else reads it too"))
+        reason = _reason_against(found)
+        if reason:
+            left.append((node.name, reason))
             continue
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(modulated_norm, (x, scale, shift, eps))
+            new = gm.graph.call_function(modulated_norm, (found.x, found.scale, found.shift, found.eps))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         _erase_unused(gm.graph, node)
@@ -59,15 +79,22 @@ def modulate(gm: fx.GraphModule) -> Report:
     return Report("modulate", tuple(matched), tuple(left))
 
 
-def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float] | None:
-    """x, scale, shift and eps of ``layer_norm(x) * (1 + scale) + shift``; None of anything else."""
+def _modulated(node: fx.Node) -> Modulated | None:
+    """What a node is the sum of; None of anything but a modulated LayerNorm."""
     for product, shift in _operands(node, ADD):
         for norm, gain in _operands(product, MULTIPLY):
             for one, scale in _operands(gain, ADD):
                 x, eps = _normalised(norm)
                 if x is not None and one == 1 and isinstance(scale, fx.Node) and _same_dtype(x, scale, shift):
-                    return x, scale, shift, eps
+                    return Modulated(x, scale, shift, eps, (norm, gain, node))
     return None
+
+
+def _reason_against(found: Modulated) -> str | None:
+    """Why a modulated LayerNorm is left as it is, or None."""
+    if any(user.target not in READERS for user in found.nodes[-1].users):
+        return "something else reads it too"
+    return "a tensor is written to between the norm and the sum" if written_between(found.nodes) else None
 
 
 def _operands(node: object, functions: tuple) -> list[tuple]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,20 @@ def mutates(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", "_")
     return (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs or _in_place(node)
+
+
+def written_between(nodes: Iterable[fx.Node]) -> bool:
+    """Whether a tensor may be written to from the first of a graph's nodes to the last, these included.
+
+    What reads memory may not move past such a write; which tensors share memory is not known here.
+    """
+    nodes = sorted(nodes)
+    node, behind = nodes[0], nodes[-1].next
+    while node is not behind:
+        if mutates(node):
+            return True
+        node = node.next
+    return False
 
 
 def identity(value: object) -> Hashable:

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..ops.joint_heads import joint_heads
 from .base import Report, calls, graph_pass, insert, value_of
+from .purity import written_between
 
 MULTIPLY = (operator.mul, torch.mul, torch.multiply, torch.ops.aten.mul.Tensor)
 VIEW_AS_REAL = (torch.view_as_real, torch.ops.aten.view_as_real.default)
@@ -45,7 +46,7 @@ def real_rope(gm: fx.GraphModule) -> Report:
         if not calls(node, VIEW_AS_REAL, "view_as_real") or all(user.target is joint_heads for user in node.users):
             continue
         product = node.all_input_nodes[0]
-        reason = _reason_against(product)
+        reason = _reason_against(product, node)
         if reason is not None:
             left.append((node.name, reason))
             continue
@@ -61,8 +62,8 @@ def real_rope(gm: fx.GraphModule) -> Report:
     return Report("real_rope", tuple(matched), tuple(left))
 
 
-def _reason_against(product: fx.Node) -> str | None:
-    """Why a ``view_as_real`` of this is left as it is, or None."""
+def _reason_against(product: fx.Node, view: fx.Node) -> str | None:
+    """Why a ``view_as_real`` of a product is left as it is, or None."""
     if not calls(product, MULTIPLY, "mul") or product.kwargs or len(product.args) != 2:
         return "it reads no product of two complex tensors"
     if len(product.users) > 1:
@@ -75,7 +76,7 @@ def _reason_against(product: fx.Node) -> str | None:
             return f"a factor is {getattr(value, 'dtype', type(factor).__name__)}, not complex64 or complex128"
         if value.is_conj():
             return "a factor is a lazy conjugate, which has no real view"
-    return None
+    return "a tensor is written to between the product and its view" if written_between((product, view)) else None
 
 
 def real_form(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:

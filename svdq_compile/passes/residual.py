@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .base import calls, insert, value_of
 from .fuse_feed_forward import behind_dropout
-from .purity import mutates
+from .purity import written_between
 
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul)
@@ -121,12 +121,10 @@ def reason_against(streams: Sequence[Stream], order: dict[fx.Node, int]) -> str 
         return "gradients flow through it, which the operator has none of"
     if any(node in other.gated.nodes for one, other in (streams, streams[::-1]) for node in one.read):
         return "one stream's sum depends on the other's"
-    ready = max(order[node] for stream in streams for node in stream.read)
-    if any(order[user] <= ready for stream in streams for user in stream.gated.total.users):
+    ready = max((node for stream in streams for node in stream.read), key=order.get)
+    if any(order[user] <= order[ready] for stream in streams for user in stream.gated.total.users):
         return "one stream's result is read before the other's can be computed"
-    ours = [order[node] for stream in streams for node in stream.gated.nodes]
-    begin, end = min(*ours, ready), max(*ours, ready)
-    if any(begin <= order[node] <= end for node in order if mutates(node)):
+    if written_between([ready, *(node for stream in streams for node in stream.gated.nodes)]):
         return "a tensor is written to between the two and their sums"
     return None
 

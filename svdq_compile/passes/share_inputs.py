@@ -20,7 +20,7 @@ from ..ops.share import scope
 from ..ops.weight import SVDQWeight
 from ..spec import COMPONENTS
 from .base import Report, graph_pass, insert, value_of
-from .purity import identity, is_pure, mutates
+from .purity import identity, is_pure, written_between
 
 MAX_MEMBERS = 4
 """Most linears of one group; what reads the same tensor beyond that makes further groups."""
@@ -98,11 +98,9 @@ def _reason_against_all(graph: fx.Graph, members: list[fx.Node]) -> str | None:
     if len({_weight(node) for node in members}) < len(members):
         return "a weight is used twice"
     order = {node: position for position, node in enumerate(graph.nodes)}
-    first, last = order[members[0]], order[members[-1]]
-    if any(order[operand] > first for node in members for operand in node.all_input_nodes[1:]):
+    if any(order[operand] > order[members[0]] for node in members for operand in node.all_input_nodes[1:]):
         return "a bias is computed behind the first of them"
-    begin = min(order[node] for member in members for node in _producers(member.args[0]))
-    if any(mutates(node) for node, position in order.items() if begin <= position <= last):
+    if written_between([*members, *(node for member in members for node in _producers(member.args[0]))]):
         return "a tensor is written to between them"
     return None
 

@@ -76,6 +76,20 @@ def test_a_copy_that_is_returned_is_left():
     assert "else reads it" in why
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "before the second"])
+def test_a_copy_is_left_where_a_tensor_is_written_to_before_attention(late):
+    def function(q, k, v):
+        q = q.clone()
+        copy = heads(q).contiguous()
+        first = F.scaled_dot_product_attention(copy, heads(k), heads(v)) if late else 0
+        q.mul_(0)
+        return first + F.scaled_dot_product_attention(copy, heads(k), heads(v)), q
+
+    left = rewritten(function)["report"].left
+    assert left
+    assert all("written to" in why for _, why in left)
+
+
 def test_other_copies_are_none_of_its_business():
     seen = rewritten(lambda q, k, v: (heads(q).contiguous(), k, v))
     assert seen["report"].left == ()

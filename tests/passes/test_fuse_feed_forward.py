@@ -90,5 +90,18 @@ def test_a_dense_first_linear_is_left():
     assert "no quantised linear" in seen["left"][0][1]
 
 
+def test_linears_are_left_where_a_tensor_is_written_to_between_them():
+    class Written(MLP):
+        def forward(self, x):
+            x = x.clone()
+            y = self.up(x)
+            x += 1
+            return self.down(*self.between(y)), x
+
+    seen = rewritten(Written(gelu))
+    assert seen["calls"] == [linear, linear]
+    assert "written to" in seen["left"][0][1]
+
+
 def test_other_activations_are_none_of_its_business():
     assert rewritten(MLP(lambda y: (F.silu(y),))) == {"fused": 0, "left": (), "calls": [linear, linear]}

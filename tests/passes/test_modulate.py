@@ -114,6 +114,20 @@ def test_what_something_else_reads_is_left():
     assert "else reads it" in reason
 
 
+@pytest.mark.parametrize("written", [0, 1], ids=["x", "scale"])
+def test_what_is_written_to_before_the_sum_is_left(written):
+    def before(*given):
+        x, scale, shift = given = [each.clone() for each in given]
+        normalised, gain = norm(x), 1 + scale
+        given[written].mul_(2)
+        return normalised * gain + shift, *given
+
+    seen = rewritten(Block(before))
+    assert modulated_norm not in seen["calls"]
+    ((_, reason),) = seen["report"].left
+    assert "written to" in reason
+
+
 def test_dense_linears_get_what_they_always_got():
     class Dense(nn.Module):
         def __init__(self):

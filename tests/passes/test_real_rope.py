@@ -124,3 +124,17 @@ def test_a_product_that_is_used_twice_is_left():
     report = real_rope(captured(twice, *inputs()))
     assert report.matched == ()
     assert "otherwise" in report.left[0][1]
+
+
+@pytest.mark.parametrize("factor", [0, 1], ids=["pairs", "table"])
+def test_a_product_is_left_where_a_tensor_is_written_to_behind_it(factor):
+    def written(x, freqs):
+        factors = pairs(x), freqs.clone()
+        product = torch.view_as_complex(factors[0]) * factors[1][:, None]
+        factors[factor].zero_()
+        return torch.view_as_real(product)
+
+    compiled, reports = rewritten(written)
+    assert_bits_equal(compiled(*inputs()), written(*inputs()))
+    ((_, why),) = reports[0].left
+    assert "written to" in why
