@@ -34,6 +34,8 @@ def mutates(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads())
     if isinstance(node.target, torch._ops.HigherOrderOperator) or node.target in MUTATING:
         return True
     name = getattr(node.target, "__name__", "_")

@@ -129,6 +129,18 @@ def written_in_place(self, x):
     return q, self.to_k(x), self.to_v(x)
 
 
+@torch.library.custom_op("svdq_test::bump", mutates_args=("x",))
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+def written_by_an_operator(self, x):
+    x = x.clone()
+    q = self.to_q(x)
+    torch.ops.svdq_test.bump(x)
+    return q, self.to_k(x), self.to_v(x)
+
+
 def late_bias(self, x):
     q = self.to_q(x)
     return q, F.linear(x, self.to_k.weight, q.sum() + self.to_k.bias), self.to_v(x)
@@ -144,6 +156,7 @@ def weight_twice(self, x):
         (written_between, "written to"),
         (written_producer, "written to"),
         (written_in_place, "written to"),
+        (written_by_an_operator, "written to"),
         (late_bias, "a bias is computed"),
         (weight_twice, "used twice"),
     ],
