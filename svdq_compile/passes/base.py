@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from .. import _compat
 from ..ops.feed_forward import feed_forward
@@ -93,6 +93,12 @@ def value_of(node: object) -> object:
 def tokens_of(x: torch.Tensor) -> int:
     """As :attr:`.Facts.tokens`; which side of the line a symbolic size is on must hold for every later call."""
     return GEMV_TOKENS if guard_or_false(math.prod(x.shape[:-1]) <= GEMV_TOKENS) else MANY
+
+
+def same_sizes(sizes: Sequence, expected: Sequence) -> bool:
+    """Whether sizes are equal whatever the symbols in them are."""
+    pairs = zip(sizes, expected, strict=False)
+    return len(sizes) == len(expected) and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def calls(node: object, functions: Collection[Callable], *methods: str) -> bool:

@@ -7,11 +7,10 @@ import operator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops.joint_heads import MEMBERS, PARTS
 from ..ops.linear_group import linear_group
-from .base import calls, value_of
+from .base import calls, same_sizes, value_of
 from .real_rope import MULTIPLY, UNSQUEEZE, VIEW_AS_COMPLEX, VIEW_AS_REAL
 
 ADD = (operator.add, torch.add)
@@ -106,7 +105,9 @@ class _Reader:
         if value.dtype is not torch.complex64 or value.is_conj():
             raise OtherHeads(f"the rotary table is {value.dtype}, not plain complex64")
         _, tokens, _, _ = self.sizes
-        if not (_same(value.shape, (tokens, self.head_dim // 2)) and _same(value_of(node).shape[:2], (tokens, 1))):
+        if not (
+            same_sizes(value.shape, (tokens, self.head_dim // 2)) and same_sizes(value_of(node).shape[:2], (tokens, 1))
+        ):
             raise OtherHeads("the rotary table is no table of positions")
         self.shared.append(node)
         return table
@@ -118,7 +119,7 @@ class _Reader:
             node, weight = self.operands(node, what, MULTIPLY, "mul")
             if calls(weight, (), *CAST_METHODS):
                 node, weight = weight, node
-            if not _is_tensor(weight) or not _same(value_of(weight).shape, (self.head_dim,)):
+            if not _is_tensor(weight) or not same_sizes(value_of(weight).shape, (self.head_dim,)):
                 raise OtherHeads("the norm's weight has another shape")
             if value_of(weight).dtype is not self.dtype:
                 raise OtherHeads(f"the norm's weight is {value_of(weight).dtype}, its input {self.dtype}")
@@ -174,7 +175,7 @@ class _Reader:
     def reshaped(self, node: object, what: str, sizes: tuple, dtype: torch.dtype) -> fx.Node:
         """What is seen as a tensor of other sizes."""
         before = self.passed(node, what, RESHAPE, *RESHAPE_METHODS)
-        if not (_same(value_of(node).shape, sizes) and value_of(node).dtype is value_of(before).dtype is dtype):
+        if not (same_sizes(value_of(node).shape, sizes) and value_of(node).dtype is value_of(before).dtype is dtype):
             raise OtherHeads(f"{what}: other sizes or another dtype than expected, at {node.name}")
         return before
 
@@ -201,9 +202,3 @@ class _Reader:
 
 def _is_tensor(node: object) -> bool:
     return isinstance(value_of(node), torch.Tensor)
-
-
-def _same(sizes: tuple, expected: tuple) -> bool:
-    """Whether sizes are equal whatever the symbols in them are."""
-    pairs = zip(sizes, expected, strict=False)
-    return len(sizes) == len(expected) and all(statically_known_true(a == b) for a, b in pairs)

@@ -20,7 +20,7 @@ from ..ops.joint_heads import joint_heads
 from ..ops.linear import linear
 from ..ops.linear_group import linear_group
 from ..ops.modulated_norm import modulated_norm
-from .base import Report, graph_pass, value_of
+from .base import Report, graph_pass, same_sizes, value_of
 from .purity import written_between
 
 READERS = (linear, linear_group, feed_forward, joint_feed_forward, joint_heads)
@@ -85,7 +85,7 @@ def _modulated(node: fx.Node) -> Modulated | None:
         for norm, gain in _operands(product, MULTIPLY):
             for one, scale in _operands(gain, ADD):
                 x, eps = _normalised(norm)
-                if x is not None and one == 1 and isinstance(scale, fx.Node) and _same_dtype(x, scale, shift):
+                if one == 1 and _are_tensors(x, scale, shift):
                     return Modulated(x, scale, shift, eps, (norm, gain, node))
     return None
 
@@ -94,6 +94,15 @@ def _reason_against(found: Modulated) -> str | None:
     """Why a modulated LayerNorm is left as it is, or None."""
     if any(user.target not in READERS for user in found.nodes[-1].users):
         return "something else reads it too"
+    x, scale, shift, total = map(value_of, (found.x, found.scale, found.shift, found.nodes[-1]))
+    if len({x.dtype, scale.dtype, shift.dtype, total.dtype}) > 1:
+        return "x, scale, shift and the sum differ in dtype"
+    if x.dtype is torch.float64:
+        return "float64, which the operator computes in float32"
+    if not same_sizes(total.shape, x.shape):
+        return "scale or shift make the sum larger than x"
+    if not all(same_sizes(part.shape[-1:], x.shape[-1:]) for part in (scale, shift)):
+        return "scale or shift is not of one value a feature"
     return "a tensor is written to between the norm and the sum" if written_between(found.nodes) else None
 
 
@@ -116,9 +125,8 @@ def _normalised(node: object) -> tuple[fx.Node | None, float]:
     return (given["input"], given.get("eps", 1e-5)) if plain else (None, 0.0)
 
 
-def _same_dtype(*nodes: object) -> bool:
-    values = [value_of(node) for node in nodes]
-    return all(isinstance(value, torch.Tensor) for value in values) and len({value.dtype for value in values}) == 1
+def _are_tensors(*nodes: object) -> bool:
+    return all(isinstance(value_of(node), torch.Tensor) for node in nodes)
 
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:

@@ -363,6 +363,21 @@ def test_a_modulated_norm_leaves_nothing_but_its_statistics(dynamic):
     assert signature.count("*fp32") == 2
 
 
+def test_a_norm_that_autocast_computes_in_float32_stays_float32():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = random_linear(256, 128, compute="fp8")
+
+        def forward(self, x, scale):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                return self.layer(F.layer_norm(x, (128,)) * (1 + scale) + scale)
+
+    code = generate(Normed(), inputs())
+    assert "modulated_norm" not in code
+    assert launches(code) == launches(generate(Normed(), inputs(), options={"skip_passes": "modulate"}))
+
+
 def test_a_transformer_block(block):
     """Quantised linears are templates, grouped where they share; attention's are the only other matrix products."""
     recipe, *module = block

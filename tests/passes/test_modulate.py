@@ -114,6 +114,24 @@ def test_what_something_else_reads_is_left():
     assert "else reads it" in reason
 
 
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        (lambda x, scale, shift: plain(x, scale.float(), shift), "dtype"),
+        (lambda *given: plain(*(each.double() for each in given)), "float64"),
+        (lambda x, scale, shift: plain(x[:1], scale, shift), "larger than x"),
+        (lambda x, scale, shift: plain(x, scale.expand_as(x)[..., :1], shift), "value a feature"),
+        (lambda x, scale, shift: plain(x, scale, shift.sum()), "value a feature"),
+    ],
+    ids=["wider scale", "float64", "two modulations of one x", "a scale of each token", "one shift"],
+)
+def test_what_the_operator_would_compute_otherwise_is_left(before, reason):
+    seen = rewritten(Block(before))
+    assert modulated_norm not in seen["calls"]
+    ((_, why),) = seen["report"].left
+    assert reason in why
+
+
 @pytest.mark.parametrize("written", [0, 1], ids=["x", "scale"])
 def test_what_is_written_to_before_the_sum_is_left(written):
     def before(*given):
