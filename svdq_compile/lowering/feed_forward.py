@@ -64,7 +64,7 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
             torch.ops.prims.convert_element_type.default,
         )
     )
-    wide = cast(x, torch.float32)
+    wide = cast(x, torch.promote_types(x.get_dtype(), torch.float32))
     exponent = mul(wide, add(mul(mul(wide, wide), CUBIC.value), LINEAR.value))
     return cast(div(wide, add(exp2(exponent), 1.0)), x.get_dtype())
 

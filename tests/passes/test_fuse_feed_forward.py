@@ -10,7 +10,7 @@ from svdq_compile.ops.linear import linear
 from svdq_compile.passes.fuse_feed_forward import fuse_feed_forward
 from svdq_compile.passes.insert_linear import insert_linear
 from svdq_compile.spec import Format
-from svdq_compile.testing.oracle import assert_bits_equal
+from svdq_compile.testing.oracle import assert_bits_equal, assert_within_budget
 from svdq_compile.testing.weights import random_linear
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -101,6 +101,20 @@ def test_linears_are_left_where_a_tensor_is_written_to_between_them():
     seen = rewritten(Written(gelu))
     assert seen["calls"] == [linear, linear]
     assert "written to" in seen["left"][0][1]
+
+
+def test_float64_stays_float64_in_compiled_code():
+    g = torch.Generator().manual_seed(0)
+    up, down = (random_linear(n, k, bias=False, generator=g) for n, k in ((64, 32), (48, 64)))
+    x = torch.randn(2, 5, 32, generator=g).double()
+
+    def function(x):
+        return down(F.gelu(up(x), approximate="tanh"))
+
+    actual = torch.compile(function, backend="svdq", fullgraph=True)(x)
+    torch._dynamo.reset()
+    apart = torch.compile(function, backend="svdq", fullgraph=True, options={"skip_passes": "fuse_feed_forward"})(x)
+    assert_within_budget(actual, function(x), low_precision=apart)
 
 
 def test_other_activations_are_none_of_its_business():
