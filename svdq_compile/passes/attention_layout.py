@@ -6,11 +6,13 @@ their place among text and image tokens, and the result comes back in the layout
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .base import Report, graph_pass, value_of
+from .base import Report, calls, graph_pass, value_of
 from .purity import written_between
 
 aten = torch.ops.aten
@@ -25,10 +27,22 @@ ATTENTION = (
 
 OPERANDS = ("query", "key", "value")
 
+LAID_OUT_ANEW = (F.linear, torch.matmul, torch.bmm, operator.matmul)
+"""Functions whose result's strides are the same whatever their operands' are."""
+
+OPERATORS = (torch._ops.OperatorBase, torch._ops.OpOverloadPacket)
+"""Their kernels may rely on strides."""
+
+STRIDED = (torch.as_strided, torch.view_as_complex)
+STRIDED_METHODS = ("view", "view_as", "as_strided", "stride")
+"""What fails for some strides, or tells them."""
+
 
 @graph_pass("copies in front of attention are dropped, since its kernels read strided heads")
 def attention_layout(gm: fx.GraphModule) -> Report:
     """Removes ``contiguous()`` of a transposed tensor where attention alone reads it.
+
+    Attention's result is laid out as the query: the query's copy is left where that may matter.
 
     Args:
         gm: Dynamo's graph.
@@ -36,7 +50,7 @@ def attention_layout(gm: fx.GraphModule) -> Report:
     matched: list[str] = []
     left: list[tuple[str, str]] = []
     for attention in [node for node in gm.graph.nodes if _attends(node)]:
-        given = dict(zip(OPERANDS, attention.args, strict=False)) | attention.kwargs
+        given = _operands(attention)
         for copy in {given[name]: None for name in OPERANDS}:
             if copy.op != "call_method" or copy.target != "contiguous":
                 continue
@@ -54,6 +68,25 @@ def _attends(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) in ATTENTION
 
 
+def _operands(attention: fx.Node) -> dict[str, object]:
+    return dict(zip(OPERANDS, attention.args, strict=False)) | attention.kwargs
+
+
+def _reads_strides(attention: fx.Node) -> fx.Node | None:
+    """The first node found that may depend on the strides of an attention's result, None if there is none."""
+    seen, reached = set(), [attention]
+    while reached:
+        for user in reached.pop().users:
+            if user in seen or calls(user, LAID_OUT_ANEW, "contiguous", "matmul"):
+                continue
+            operator_call = isinstance(user.target, OPERATORS) and not _attends(user)
+            if operator_call or user.op in ("output", "call_module") or calls(user, STRIDED, *STRIDED_METHODS):
+                return user
+            seen.add(user)
+            reached.append(user)
+    return None
+
+
 def _reason_against(copy: fx.Node) -> str | None:
     if len(copy.args) > 1 or copy.kwargs:
         return "it asks for another memory format"
@@ -62,4 +95,10 @@ def _reason_against(copy: fx.Node) -> str | None:
     value = value_of(copy.args[0])
     if not isinstance(value, torch.Tensor) or value.stride(-1) != 1:
         return "a head's values are not next to each other"
-    return "a tensor is written to between it and attention" if written_between((copy, *copy.users)) else None
+    if written_between((copy, *copy.users)):
+        return "a tensor is written to between it and attention"
+    for attention in copy.users:
+        reader = _reads_strides(attention) if _operands(attention)["query"] is copy else None
+        if reader is not None:
+            return f"the result is laid out as the query, and {reader.name} may depend on that"
+    return None
