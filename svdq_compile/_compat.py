@@ -177,6 +177,7 @@ __all__ = [
     "SymbolicGridFn",
     "TritonTemplate",
     "V",
+    "allow_graphs_of_a_block",
     "at_most",
     "ceildiv",
     "check_torch",

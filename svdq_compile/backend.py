@@ -70,11 +70,18 @@ def refuse_slower_paths(report: Report) -> None:
     """Raises StrictError unless our kernels compute every quantised linear of a graph."""
     slower = [(m, c) for m in report.matched if not (c := select(m.fingerprint, m.device, m.dtype)).fused]
     if slower:
-        lines = [
-            f"  {m.layer}: {m.fingerprint.spec.describe()} on {m.device}: {c.kernel} ({c.reason})" for m, c in slower
-        ]
+        layers: dict[str, list[str]] = {}
+        for m, c in slower:
+            what = f"{m.fingerprint.spec.describe()} on {m.device}: {c.kernel} ({c.reason})"
+            layers.setdefault(what, []).append(m.layer)
+        lines = [f"  {what}: {_some_of(names)}" for what, names in sorted(layers.items())]
         hint = "  hint:   svdq_compile.explain(model) says what runs where; without strict it runs as said"
         raise StrictError("\n".join([f"strict: {len(slower)} linears would take a slower path", *lines, hint]))
+
+
+def _some_of(names: Sequence[str], most: int = 4) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _log_choices(report: Report) -> None:

@@ -5,7 +5,7 @@ It would rewrite config.json and delete the shards that lie there, and then fail
 
 from __future__ import annotations
 
-import os
+import functools
 import types
 
 from torch import nn
@@ -16,22 +16,21 @@ from ..ops.weight import SVDQWeight
 
 def guard(model: nn.Module) -> None:
     """Makes a model refuse ``save_pretrained`` for as long as it has a quantised weight."""
-    if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
+    stock = getattr(type(model), "save_pretrained", None)
+    if stock is None:
+        return
 
+    # Under the stock method's name, which pickling asks for, and with its signature, which pipelines look at.
+    @functools.wraps(stock)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        quantised = [name for name, parameter in self.named_parameters() if isinstance(parameter, SVDQWeight)]
+        if not quantised:
+            return stock(self, save_directory, *args, **kwargs)
+        raise SaveError(
+            f"save_pretrained cannot write quantised weights, of which the model has {len(quantised)}",
+            file=save_directory,
+            key=quantised[0],
+            hint="svdq_compile.save_checkpoint(model, folder) writes them as they were exported; nothing was touched",
+        )
 
-def _save_pretrained(self: nn.Module, save_directory: str | os.PathLike[str], *args, **kwargs):
-    """The class's own unless a weight is quantised.
-
-    Raises:
-        SaveError: one is.
-    """
-    quantised = [name for name, parameter in self.named_parameters() if isinstance(parameter, SVDQWeight)]
-    if not quantised:
-        return type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    raise SaveError(
-        f"save_pretrained cannot write quantised weights, of which the model has {len(quantised)}",
-        file=save_directory,
-        key=quantised[0],
-        hint="svdq_compile.save_checkpoint(model, folder) writes them as they were exported; nothing was touched",
-    )
+    model.save_pretrained = types.MethodType(save_pretrained, model)

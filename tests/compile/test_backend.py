@@ -181,12 +181,13 @@ def test_unknown_options_are_refused_by_name(arguments, message):
 
 
 def test_strict_names_every_slower_path():
-    layers = torch.nn.Sequential(random_linear(32, 48), random_linear(16, 32))
+    layers = torch.nn.Sequential(random_linear(32, 48), *(random_linear(32, 32) for _ in range(6)))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="need an NVIDIA GPU") as caught:
         torch.compile(layers, backend="svdq", options={"strict": True})(torch.randn(5, 48).bfloat16())
     error = caught.value.inner_exception
     assert isinstance(error, StrictError)
-    assert re.findall(r"^  (.*): nvfp4_svd", str(error), re.M) == ["0", "1"]
+    kinds = re.findall(r"^  nvfp4_svd (\d+)->.*\): (.*)$", str(error), re.M)
+    assert kinds == [("32", "1, 2, 3, 4 and 2 more"), ("48", "0")]
     assert "svdq_compile.explain" in str(error)
 
 

@@ -1,6 +1,8 @@
 """diffusers' own save_pretrained on models with quantised weights: refused, and nothing is touched."""
 
 import copy
+import inspect
+import io
 import shutil
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def test_a_patched_model_saves_its_own_weights_once_it_has_them_back(tmp_path):
     again = QwenImageTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+
+
+def test_the_refusal_is_in_nobodys_way():
+    """Pipelines pass on what the signature names, and a whole model can be pickled."""
+    model = svdq_compile.load_transformer(EXPORT)
+    stock = inspect.signature(QwenImageTransformer2DModel.save_pretrained)
+    assert list(inspect.signature(model.save_pretrained).parameters) == list(stock.parameters)[1:]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_options_without_a_quantised_linear_are_not_silent(tmp_path, caplog):
