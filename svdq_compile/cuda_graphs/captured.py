@@ -125,7 +125,7 @@ class Captured:
                 key, call = self._read(args, kwargs)
                 entry = self._entries.get(key)
                 if entry is None:
-                    entry = self._capture(key, call)
+                    key, entry = self._capture(key, call)
                 return self._replay(key, entry, call)
         except Refused as refusal:
             self._count(str(refusal))
@@ -177,7 +177,7 @@ class Captured:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self._own or self._model._call_impl)(*args, **kwargs)
 
-    def _read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Hashable, arguments.Arguments]:
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, arguments.Arguments]:
         """What a graph for this call is kept under, and the call's arguments."""
         device = self._state.device()
         check_call(device)
@@ -185,7 +185,7 @@ class Captured:
         call = arguments.read(args, kwargs, device)
         return (device, call.key, state, environment(device)), call
 
-    def _replay(self, key: Hashable, entry: Entry | str, call: arguments.Arguments) -> Any:
+    def _replay(self, key: tuple, entry: Entry | str, call: arguments.Arguments) -> Any:
         self._entries.move_to_end(key)
         if isinstance(entry, str):
             raise Refused(entry)
@@ -200,16 +200,27 @@ class Captured:
             move_tables(unwrap(self._model), device)
             self._device = device
 
-    def _capture(self, key: Hashable, call: arguments.Arguments) -> Entry | str:
+    def _capture(self, key: tuple, call: arguments.Arguments) -> tuple[tuple, Entry | str]:
+        """What serves a call from now on, and the key it is kept under."""
         self._state.check_devices()
         if self._graphs is None:
             self._graphs = self._make_graphs(self._device)
         while len(self._entries) >= self.max_shapes:
             self._evict()
         whole = self._own is not None or self._model is not unwrap(self._model)
+        settings: list[Hashable] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            settings.append(environment(self._device))
+            return self._forward(*args, **kwargs)
+
         try:
-            entry: Entry | str | None = Entry(self._forward, None if whole else self._model, call, self._graphs)
+            entry: Entry | str | None = Entry(forward, None if whole else self._model, call, self._graphs)
             log.info("captured %s", entry.text)
+            # torch makes some settings at their first use, as SDPA's order; later calls have the recorded run's.
+            settled = (*key[:-1], settings[-1])
+            if settings[-1] == environment(self._device) and settled not in self._entries:
+                key = settled
         except Refused as refusal:
             # Not tried again on each call.
             entry = str(refusal)
@@ -220,7 +231,7 @@ class Captured:
             self.clear()
             return self._capture(key, call)
         self._entries[key] = entry
-        return entry
+        return key, entry
 
     def _evict(self) -> None:
         """Gives up the graph not used for longest.

@@ -224,3 +224,65 @@ def test_a_pipelines_denoising_loop_with_guidance(captured, denoise):
         assert_bits_equal(denoise(model, seed, steps=4), right)
     assert graphs.recorded == 2
     assert [shape.replays for shape in handle.report().shapes] == [8, 8]
+
+
+@pytest.fixture
+def sdpa_order():
+    """``sdpa_order(places)`` moves as many of SDPA's backends from the front of its order to the end."""
+    before = torch._C._get_sdp_priority_order()
+
+    def turn(places):
+        order = torch._C._get_sdp_priority_order()
+        torch._C._set_sdp_priority_order(order[places:] + order[:places])
+
+    yield turn
+    torch._C._set_sdp_priority_order(before)
+
+
+def test_a_setting_made_at_its_first_use_does_not_make_two_graphs(model, captured, sdpa_order):
+    """torch settles SDPA's order in a process's first attention, on GPUs for which it prefers cuDNN's."""
+    embed, turns = model.time_text_embed.forward, [1]
+
+    def forward(*args, **kwargs):
+        sdpa_order(turns.pop() if turns else 0)
+        return embed(*args, **kwargs)
+
+    model.time_text_embed.forward = forward
+    handle, graphs = captured(model)
+    for _ in range(3):
+        model(**example_inputs(model))
+    assert graphs.recorded == 1
+    assert [shape.replays for shape in handle.report().shapes] == [3]
+
+
+def test_a_setting_every_run_makes_anew_keeps_graphs_apart(model, captured, sdpa_order):
+    """The settings a recorded run began with are not those the next call has."""
+    embed = model.time_text_embed.forward
+
+    def forward(*args, **kwargs):
+        # A replay runs no Python.
+        sdpa_order(0 if graphs.depth else 1)
+        return embed(*args, **kwargs)
+
+    model.time_text_embed.forward = forward
+    _, graphs = captured(model)
+    for _ in range(2):
+        model(**example_inputs(model))
+    assert graphs.recorded == 2
+
+
+def test_a_setting_that_joins_those_of_another_graph_replaces_none(model, captured, sdpa_order):
+    """Whatever settings are found, the forward makes them one and the same: the second graph stays beside the first."""
+    embed, order = model.time_text_embed.forward, torch._C._get_sdp_priority_order()
+
+    def forward(*args, **kwargs):
+        torch._C._set_sdp_priority_order(order)
+        return embed(*args, **kwargs)
+
+    model.time_text_embed.forward = forward
+    handle, graphs = captured(model)
+    for places in (0, 1, 0, 1):
+        sdpa_order(places)
+        model(**example_inputs(model))
+    assert graphs.recorded == 2
+    assert len(graphs.recordings) == len(handle.report().shapes) == 2
