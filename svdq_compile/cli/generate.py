@@ -161,14 +161,17 @@ def plan_of(options: argparse.Namespace) -> Denoising:
 
 
 def check_backend(options: argparse.Namespace) -> None:
-    """Refuses a backend of ``torch.compile`` that is not installed, and a mode of it where nothing is compiled.
+    """Refuses a backend of ``torch.compile`` that is not installed, and choices of it where nothing is compiled.
 
     Raises:
-        OptionError: no such backend, and the nearest; or a mode other than ``default`` without ``--compile``.
+        OptionError: no such backend, and the nearest; or a mode or a backend other than the default without
+            ``--compile``.
     """
     if options.compile == "none":
-        if options.mode not in (None, "default"):
-            raise OptionError(f"--mode {options.mode} is for --compile regional or whole, not none")
+        for name, asks_for_nothing in (("mode", (None, "default")), ("backend", (DEFAULTS["backend"],))):
+            chosen = getattr(options, name)
+            if chosen not in asks_for_nothing:
+                raise OptionError(f"--{name} {chosen} is for --compile regional or whole, not none")
         return
     import torch
 

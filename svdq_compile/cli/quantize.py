@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FORMATS = (Format.NVFP4_SVD, Format.NVFP4, Format.FP8)
 
+RANK = 32
+"""Rank where ``--rank`` is not given."""
+
 CALIBRATION = {
     "count": None,
     "steps": 30,
@@ -43,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("model", help="unquantised pipeline folder or Hub id")
     add("--output", required=True, metavar="DIR", help="pipeline folder to write; DIR/transformer must be new")
     add("--format", choices=[str(format) for format in FORMATS], default="nvfp4_svd", help="(nvfp4_svd)")
-    add("--rank", type=positive, default=32, help="rank of the low-rank branch (32)")
+    add("--rank", type=positive, help=f"rank of the low-rank branch ({RANK})")
     add("--blocks-kept", type=int, default=2, metavar="N", help="unquantised blocks at each end (2)")
     add("--all-svd", action="store_true", help="a low-rank branch for text and modulation linears too")
     data = parser.add_mutually_exclusive_group(required=True)
@@ -79,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
     target = output / SUBFOLDER
     if target.exists():
         raise OptionError(f"{target} exists; remove it or choose another --output")
-    if args.all_svd and args.format != Format.NVFP4_SVD:
-        raise OptionError(f"--all-svd is for --format nvfp4_svd, not {args.format}")
+    for option, given in (("--all-svd", args.all_svd), ("--rank", args.rank is not None)):
+        if given and args.format != Format.NVFP4_SVD:
+            raise OptionError(f"{option} is for --format nvfp4_svd, not {args.format}")
     complete(args)
     prompts = None if args.data_free else read_prompts(Path(args.prompts), args.count)
     needs_pipeline = prompts is not None or not args.transformer_only
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Gives the options of the calibration that are not given their values.
+    """Gives the rank and the options of the calibration that are not given their values.
 
     Raises:
         OptionError: one is given and there is no calibration.
@@ -108,6 +112,7 @@ def complete(args: argparse.Namespace) -> None:
         option = given[0].replace("_", "-")
         raise OptionError(f"--{option} is for calibration with --prompts, not for --data-free")
     vars(args).update({name: value for name, value in CALIBRATION.items() if name not in given})
+    args.rank = args.rank or RANK
 
 
 def read_prompts(file: Path, count: int | None) -> list[str]:
