@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sympy
 import torch
+from torch._dynamo.source import AttrSource
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 from torch._inductor import config as inductor_config
 from torch._inductor import ir, list_mode_options
@@ -93,6 +94,29 @@ def module_path(placeholder: torch.fx.Node) -> tuple[str, ...] | None:
     text = source.name() if callable(source.name) else source.name
     between = ("_modules", "_parameters", "__dict__")
     return tuple(name for name in re.findall(r"\w+", text) if name not in between)
+
+
+def attribute_source(placeholder: torch.fx.Node, name: str) -> AttrSource | None:
+    """Where Dynamo would find an attribute of what a placeholder stands for; None if it does not say where that is."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return None if source is None else AttrSource(source, name)
+
+
+def copy_node(graph: torch.fx.Graph, node: torch.fx.Node, copies: dict[torch.fx.Node, torch.fx.Node]) -> torch.fx.Node:
+    """A copy of a node of Dynamo's in another graph; ``copies`` has those of its arguments."""
+    new = graph.node_copy(node, copies.__getitem__)
+    if hasattr(node, "_dynamo_source"):
+        new._dynamo_source = node._dynamo_source
+    return new
+
+
+def with_graph(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """Dynamo's module around another graph, with all that Dynamo has noted on it."""
+    new = torch.fx.GraphModule(gm, graph)
+    new.meta = gm.meta
+    for name, value in vars(gm).items():
+        new.__dict__.setdefault(name, value)
+    return new
 
 
 UNKNOWN_SIZE = 4096
@@ -179,9 +203,11 @@ __all__ = [
     "V",
     "allow_graphs_of_a_block",
     "at_most",
+    "attribute_source",
     "ceildiv",
     "check_torch",
     "compile_fx",
+    "copy_node",
     "cudagraph_tree_runs",
     "fallback_handler",
     "inductor_config",
@@ -199,4 +225,5 @@ __all__ = [
     "template_call",
     "triton_kernel_wrapper_mutation",
     "tunes_gemms",
+    "with_graph",
 ]

@@ -18,6 +18,7 @@ from .lowering.select import select
 from .ops.native import has_native_fp4
 from .passes.base import Report, SourceKeyed
 from .passes.pipeline import rewrite, wanted_settings
+from .passes.split_weights import split_weights, splitting
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ def svdq(
         refuse_slower_paths(report)
     previous = patches.get("post_grad_custom_pre_pass", _compat.inductor_config.post_grad_custom_pre_pass)
     patches["post_grad_custom_pre_pass"] = SourceKeyed(previous, len(report.matched), ours.skipped)
+    split, inputs, readers = split_weights(gm, example_inputs)
     with active():
-        return _compat.compile_fx(gm, list(example_inputs), config_patches=patches)
+        return splitting(_compat.compile_fx(split, inputs, config_patches=patches), readers)
 
 
 parse_options = options.parse

@@ -81,7 +81,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 
 def _read_components(graph: fx.Graph, weight: fx.Node, value: SVDQWeight) -> dict[str, fx.Node | None]:
-    """Attribute reads of the weight's components, right behind the weight; AOTAutograd turns them into inputs."""
+    """Attribute reads of the weight's components, right behind the weight; ``split_weights`` makes inputs of them."""
     nodes: dict[str, fx.Node | None] = dict.fromkeys(COMPONENTS)
     behind = weight.next
     while behind.op == "placeholder":

@@ -125,7 +125,10 @@ def test_abbreviations_are_refused():
             ["--model", "m/m", "--mode", "max-autotune"],
             "--mode max-autotune is for --compile regional or whole, not none",
         ),
-        (["--model", "m/m", "--backend", "inductor"], "--backend inductor is for --compile regional or whole, not none"),
+        (
+            ["--model", "m/m", "--backend", "inductor"],
+            "--backend inductor is for --compile regional or whole, not none",
+        ),
         (["--model", "m/m", "--device", "abacus"], "--device abacus: "),
     ],
 )
