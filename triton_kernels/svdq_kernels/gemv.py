@@ -17,6 +17,9 @@ from .fp4 import GROUP, decode_e4m3
 MAX_TOKENS = 16
 """More tokens are better off with a GEMM: every program reads all of x."""
 
+K_WIDTH = tl.constexpr(4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2)
+"""Consecutive elements of K a thread holds of a 16-bit operand in Triton's layout: another order, equally good."""
+
 FACTOR = 128.0
 """What :func:`few_tokens_product` is to be multiplied with."""
 
@@ -87,21 +90,51 @@ def scale_operand(block_scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_words(words, UNROLL: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """A step's words of the weight, or their scales, by warp and row, in the order of the threads that hold them.
+
+    Args:
+        words: four a lane, lanes as :func:`few_tokens_product` loads them, [UNROLL * ROWS * WARPS * 32, 4].
+
+    Returns:
+        [WARPS, 8 * ROWS, 16 * UNROLL].
+    """
+    parts = tl.reshape(words, (UNROLL, ROWS, WARPS, 8, 4, 2, 2))
+    parts = tl.permute(parts, (2, 1, 3, 0, 5, 4, 6)) if K_WIDTH == 4 else tl.permute(parts, (2, 1, 3, 0, 5, 6, 4))
+    return tl.reshape(parts, (WARPS, 8 * ROWS, 16 * UNROLL))
+
+
+@triton.jit
+def token_columns(columns, UNROLL: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr):
+    """A step's columns of x, likewise.
+
+    Args:
+        columns: a word's eight a row, [UNROLL * 4 * TOKENS * WARPS * 32, 8].
+
+    Returns:
+        [WARPS, 8 * TOKENS, 128 * UNROLL].
+    """
+    parts = tl.reshape(columns, (UNROLL, 2, 2, TOKENS, WARPS, 8, 4, 8))
+    parts = tl.permute(parts, (4, 3, 5, 0, 1, 6, 2, 7)) if K_WIDTH == 4 else tl.permute(parts, (4, 3, 5, 0, 1, 2, 6, 7))
+    return tl.reshape(parts, (WARPS, 8 * TOKENS, 128 * UNROLL))
+
+
+@triton.jit
 def load_step(ptr, columns, step, rows, row_count, live, STEP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """Elements of a step of K; zeros beyond the edges and where not live.
 
     Args:
         ptr: [row_count, WIDTH] contiguous.
         columns: int32 [F, C], in the first step.
-        rows: int32 [F].
+        rows: int32 [F, 1].
         STEP: columns from a step to the next.
         EVEN: whether steps divide WIDTH.
     """
     columns += step * STEP
-    mask = ((rows < row_count) & live)[:, None]
+    mask = rows < (row_count if live else 0)
     if not EVEN:
         mask &= columns < WIDTH
-    where = rows.to(tl.int64)[:, None] * WIDTH + columns
+    where = rows.to(tl.int64) * WIDTH + columns
     if ptr.dtype.element_ty.is_int():
         return tl.load(ptr + where, mask=mask, other=0)
     else:
@@ -146,13 +179,13 @@ def few_tokens_product(
     # The order of a tensor core's operand: 8 rows times 4 lanes are a warp. Flat, because Triton's versions differ in
     # how they lay out more dimensions: [UNROLL, ROWS, WARPS, 8, 4].
     flat = tl.arange(0, UNROLL * ROWS * WARPS * 32)
-    rows = origin_n + flat // (32 * WARPS) % ROWS * 8 + flat // 4 % 8
+    rows = (origin_n + flat // (32 * WARPS) % ROWS * 8 + flat // 4 % 8)[:, None]
     lane = (flat // 32 % WARPS * UNROLL + flat // (32 * WARPS * ROWS)) * 4 + flat % 4
     offs_w = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     offs_b = lane[:, None] * 2 + tl.arange(0, 2)[None, :]
     # x: [UNROLL, 2, 2, TOKENS, WARPS, 8, 4], a word's 8 columns each; 2 and 2 are the 4 words of a lane.
     flat = tl.arange(0, UNROLL * 4 * TOKENS * WARPS * 32)
-    tokens = origin_m + flat // (32 * WARPS) % TOKENS * 8 + flat // 4 % 8
+    tokens = (origin_m + flat // (32 * WARPS) % TOKENS * 8 + flat // 4 % 8)[:, None]
     word = flat // (32 * WARPS * TOKENS) % 4 + flat % 4 * 4
     word += (flat // 32 % WARPS * UNROLL + flat // (128 * WARPS * TOKENS)) * 16
     offs_k = word[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -168,13 +201,10 @@ def few_tokens_product(
         next_columns = load_step(x_ptr, offs_k, step + 1, tokens, M, live, STEP * 8, K, EVEN_K)
         next_words = load_step(words_ptr, offs_w, step + 1, rows, N, live, STEP, K // 8, EVEN_K)
         next_scale = load_step(block_scale_ptr, offs_b, step + 1, rows, N, live, STEP // 2, K // 16, EVEN_K)
-        a = tl.reshape(words, (UNROLL, ROWS, WARPS, 8, 4, 2, 2))
-        a = tl.reshape(tl.permute(a, (2, 1, 3, 0, 5, 4, 6)), (WARPS, BLOCK_N, WORDS))
+        a = row_words(words, UNROLL, ROWS, WARPS)
         scale = scale_operand(block_scale, columns.dtype)
-        scale = tl.reshape(tl.join(scale, scale), (UNROLL, ROWS, WARPS, 8, 4, 2, 2))
-        scale = tl.reshape(tl.permute(scale, (2, 1, 3, 0, 5, 4, 6)), (WARPS, BLOCK_N, WORDS))
-        x = tl.reshape(columns, (UNROLL, 2, 2, TOKENS, WARPS, 8, 4, 8))
-        x = tl.reshape(tl.permute(x, (4, 3, 5, 0, 1, 6, 2, 7)), (WARPS, BLOCK_M, WORDS * 8))
+        scale = row_words(tl.join(scale, scale), UNROLL, ROWS, WARPS)
+        x = token_columns(columns, UNROLL, TOKENS, WARPS)
         even, odd = tl.split(tl.reshape(x, (WARPS, BLOCK_M, WORDS * 4, 2)))
         x_0, x_2 = tl.split(tl.reshape(even, (WARPS, BLOCK_M, WORDS * 2, 2)))
         x_1, x_3 = tl.split(tl.reshape(odd, (WARPS, BLOCK_M, WORDS * 2, 2)))
