@@ -239,15 +239,21 @@ def sdpa_order():
     torch._C._set_sdp_priority_order(before)
 
 
-def test_a_setting_made_at_its_first_use_does_not_make_two_graphs(model, captured, sdpa_order):
-    """torch settles SDPA's order in a process's first attention, on GPUs for which it prefers cuDNN's."""
-    embed, turns = model.time_text_embed.forward, [1]
+def before_each_run(model, act):
+    """Lets a model's forward do something of its own first."""
+    embed = model.time_text_embed.forward
 
     def forward(*args, **kwargs):
-        sdpa_order(turns.pop() if turns else 0)
+        act()
         return embed(*args, **kwargs)
 
     model.time_text_embed.forward = forward
+
+
+def test_a_setting_made_at_its_first_use_does_not_make_two_graphs(model, captured, sdpa_order):
+    """torch settles SDPA's order in a process's first attention, on GPUs for which it prefers cuDNN's."""
+    turns = [1]
+    before_each_run(model, lambda: sdpa_order(turns.pop() if turns else 0))
     handle, graphs = captured(model)
     for _ in range(3):
         model(**example_inputs(model))
@@ -257,14 +263,8 @@ def test_a_setting_made_at_its_first_use_does_not_make_two_graphs(model, capture
 
 def test_a_setting_every_run_makes_anew_keeps_graphs_apart(model, captured, sdpa_order):
     """The settings a recorded run began with are not those the next call has."""
-    embed = model.time_text_embed.forward
-
-    def forward(*args, **kwargs):
-        # A replay runs no Python.
-        sdpa_order(0 if graphs.depth else 1)
-        return embed(*args, **kwargs)
-
-    model.time_text_embed.forward = forward
+    # A replay runs no Python.
+    before_each_run(model, lambda: sdpa_order(0 if graphs.depth else 1))
     _, graphs = captured(model)
     for _ in range(2):
         model(**example_inputs(model))
@@ -273,13 +273,8 @@ def test_a_setting_every_run_makes_anew_keeps_graphs_apart(model, captured, sdpa
 
 def test_a_setting_that_joins_those_of_another_graph_replaces_none(model, captured, sdpa_order):
     """Whatever settings are found, the forward makes them one and the same: the second graph stays beside the first."""
-    embed, order = model.time_text_embed.forward, torch._C._get_sdp_priority_order()
-
-    def forward(*args, **kwargs):
-        torch._C._set_sdp_priority_order(order)
-        return embed(*args, **kwargs)
-
-    model.time_text_embed.forward = forward
+    order = torch._C._get_sdp_priority_order()
+    before_each_run(model, lambda: torch._C._set_sdp_priority_order(order))
     handle, graphs = captured(model)
     for places in (0, 1, 0, 1):
         sdpa_order(places)
