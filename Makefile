@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch>=2.11,<2.16
 TRITON ?= triton>=3.6
 VENV ?= .venv
+# Processes that run tests; each takes up to 4 GB and one core.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-gpu lint clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m gpu
