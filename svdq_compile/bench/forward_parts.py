@@ -32,7 +32,7 @@ _OTHERS = (
 _OURS = re.compile(r"(_\w+_kernel)(_\d+)?")
 """Inductor appends a number."""
 
-QUANTISING = ("activation", "few", "projection", "packed", "expand")
+QUANTISING = ("activation", "few", "modulation", "projection", "packed", "expand")
 """Modules of ``svdq_kernels`` whose kernels make operands; those of all others multiply them."""
 
 

@@ -10,7 +10,7 @@ import torch
 from .. import _compat
 from .._compat import ir
 from ..ops.plan import separate
-from . import gemm, launch, linear, operands
+from . import gemm, launch, linear, operands, sums
 from .call import Call, Unwritten
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ def lower(
     if reason:
         return linear.lower(_gelu(linear.lower(x, *up, compute_up)), *down, compute_down)
     prepared = operands.prepare(first, first.plan.operand)
-    [weight] = operands.weights([first], torch.float8_e4m3fn)
-    y = gemm.dense_product(second, *second_operand(first, second, prepared, weight))
+    weights = operands.weights([first], torch.float8_e4m3fn)
+    [operand] = second_operands([(first, second)], [prepared], weights)
+    y = gemm.dense_product(second, *operand)
     return launch.reshape(y, [*second.leading, second.out_features])
 
 
@@ -69,19 +70,34 @@ def _gelu(x: ir.TensorBox) -> ir.TensorBox:
     return cast(div(wide, add(exp2(exponent), 1.0)), x.get_dtype())
 
 
-def second_operand(
-    first: Call,
-    second: Call,
-    prepared: tuple[ir.TensorBox, ir.TensorBox | None, ir.TensorBox | None],
-    weight: tuple[ir.TensorBox, ir.TensorBox, float],
-) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox | None]:
-    """Operand, tensor scale and down-projection of the second linear; as
-    :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`.
+def second_operands(
+    layers: Sequence[tuple[Call, Call]],
+    prepared: Sequence[operands.Operand],
+    weights: Sequence[tuple[ir.TensorBox, ir.TensorBox, float]],
+) -> list[operands.Operand]:
+    """What the second linears' GEMMs read, which the first ones' make, the longest first; as
+    :func:`svdq_kernels.feed_forward.multiply_gelu_quantize`. A projection is summed beside the next layer's GEMM.
 
     Args:
-        first, second: the linears.
-        prepared, weight: the first one's, of :func:`.operands.prepare` and :func:`.operands.weights`.
+        layers: both linears of each.
+        prepared, weights: the first ones', of :mod:`.operands`.
     """
+    made: dict[int, operands.Operand] = {}
+    beside = None
+    for i in sorted(range(len(layers)), key=lambda i: layers[i][0].hint, reverse=True):
+        made[i], beside = _second_operand(*layers[i], prepared[i], weights[i], beside)
+    sums.launch(beside)
+    return [made[i] for i in range(len(layers))]
+
+
+def _second_operand(
+    first: Call,
+    second: Call,
+    prepared: operands.Operand,
+    weight: tuple[ir.TensorBox, ir.TensorBox, float],
+    beside: sums.Sum | None,
+) -> tuple[operands.Operand, sums.Sum | None]:
+    """Of one layer, and the sum its projection still needs; ``beside`` is the sum of another one, which is made."""
     from svdq_kernels import activation, dense
     from svdq_kernels import feed_forward as kernels
 
@@ -115,14 +131,17 @@ def second_operand(
         "FACTOR_A": first.factor_a,
         "FACTOR_B": factor_b,
         "R": first.rank,
-        "SPLITS": int(partials.get_size()[0]) if first.rank else 1,
+        "SPLITS": sums.splits_of(partials),
         "CHUNK": dense.rank_chunk(first.rank),
         "NEXT_R": second.rank,
         "NEXT_RANK": activation.padded_rank(second.rank),
         "SCALE_FACTOR": second.factor_a,
         "BFLOAT16": first.dtype == torch.bfloat16,
         "TMA": tma,
+        "SUM_BLOCK": kernels.SUM_BLOCK,
     }
     grid = [dense.multiprocessors(first.device), 1, 1]
-    launch.launch(kernels._gelu_quantize_kernel, grid, tensors | sizes | constants | config, **options)
-    return result, scale, operands.sum_partials(second, slices) if second.rank else None
+    given = tensors | sizes | constants | sums.arguments(beside)
+    launch.launch(kernels._gelu_quantize_kernel, grid, given | config, **options)
+    last = sums.Sum(slices, second) if second.rank else None
+    return (result, scale, None if last is None else last.h), last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import _compat
 from .._compat import ir
-from . import launch, operands, scaled_mm, templates
+from . import launch, operands, scaled_mm, sums, templates
 from .call import Call
 
 
@@ -153,7 +153,7 @@ def constants(call: Call, scale_a: ir.TensorBox | None, partials: ir.TensorBox |
     return {
         "PER_TOKEN": scale_a is not None and call.dynamic,
         "RANK": call.rank,
-        "SPLITS": int(partials.get_size()[0]) if call.rank else 1,
+        "SPLITS": sums.splits_of(partials),
         "PROGRAMS": multiprocessors(call.device),
     }
 

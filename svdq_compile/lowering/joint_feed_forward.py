@@ -43,8 +43,8 @@ def lower(
     )
     if any(reasons):
         return gated_sums([feed_forward.lower(*layer, compute_up, compute_down) for layer in layers], residual, gate)
-    prepared = [operands.prepare(up, up.plan.operand) for up, _ in streams]
-    weights = operands.weights([up for up, _ in streams], torch.float8_e4m3fn)
-    given = zip(streams, prepared, weights, strict=True)
-    second = [feed_forward.second_operand(*calls, *own) for calls, *own in given]
+    first = [up for up, _ in streams]
+    prepared = operands.prepare_both(first, first[0].plan.operand)
+    weights = operands.weights(first, torch.float8_e4m3fn)
+    second = feed_forward.second_operands(streams, prepared, weights)
     return residual_product([down for _, down in streams], second, residual, gate)

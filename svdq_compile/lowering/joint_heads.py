@@ -12,7 +12,7 @@ from .._compat import ir
 from ..ops.joint_heads import MEMBERS, group_arguments, joint_heads
 from ..ops.linear_group import members_of
 from ..ops.plan import apart
-from . import launch, operands
+from . import launch, operands, sums
 from .call import Call
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def lower(
     batch, n = any_call.leading[0], any_call.out_features
     sequence = sum(calls[0].leading[1] for calls in streams)
     out = [launch.empty([batch, sequence, n], any_call.dtype, any_call.device) for _ in range(MEMBERS)]
-    operand = [operands.prepare(calls[0], calls[0].plan.operand) for calls in streams]
+    operand = operands.prepare_both([calls[0] for calls in streams], any_call.plan.operand)
     weights = operands.weights([call for calls in streams for call in calls], torch.float8_e4m3fn)
     per_stream = zip(
         streams, operand, (weights[:MEMBERS], weights[MEMBERS:]), (norms[:2], norms[2:]), freqs, strict=True
@@ -76,7 +76,7 @@ def _calls(x: Tensor, stream: Sequence[Tensor | None], compute: str) -> list[Cal
 
 def _arguments(
     calls: list[Call],
-    operand: tuple[Tensor, Tensor | None, Tensor | None],
+    operand: operands.Operand,
     weights: Sequence[tuple[Tensor, Tensor, float]],
     norms: Sequence[Tensor | None],
     freqs: Tensor,
@@ -109,7 +109,7 @@ def _arguments(
         "FACTOR_A": stream.factor_a,
         "FACTOR_B": factors[0],
         "R": stream.rank,
-        "SPLITS": int(partials.get_size()[0]) if stream.rank else 1,
+        "SPLITS": sums.splits_of(partials),
         "CHUNK": dense.rank_chunk(stream.rank),
     }
 

@@ -11,7 +11,7 @@ import torch
 from .. import _compat
 from .._compat import ir
 from ..ops.plan import in_turn
-from . import launch, linear, operands
+from . import launch, linear, operands, sums
 from .call import Call
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def lower(
     log.debug("svdq::joint_linear, %s tokens: %s", [call.tokens for call in calls], reason or "in one kernel")
     if reason:
         return gated_sums([linear.lower(*stream) for stream in streams], residual, gate)
-    return residual_product(calls, [operands.prepare(call, call.plan.operand) for call in calls], residual, gate)
+    return residual_product(calls, operands.prepare_both(calls, calls[0].plan.operand), residual, gate)
 
 
 def gated_sums(results: Sequence[Tensor], residual: Sequence[Tensor], gate: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def gated_sums(results: Sequence[Tensor], residual: Sequence[Tensor], gate: Sequ
 
 def residual_product(
     calls: Sequence[Call],
-    prepared: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    prepared: Sequence[operands.Operand],
     residual: Sequence[Tensor],
     gate: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def residual_product(
 
 def _arguments(
     call: Call,
-    prepared: tuple[Tensor, Tensor | None, Tensor | None],
+    prepared: operands.Operand,
     weight: tuple[Tensor, Tensor, float],
     residual: Tensor,
     gate: Tensor,
@@ -116,6 +116,6 @@ def _arguments(
         "FACTOR_A": call.factor_a,
         "FACTOR_B": factor_b,
         "R": call.rank,
-        "SPLITS": int(partials.get_size()[0]) if call.rank else 1,
+        "SPLITS": sums.splits_of(partials),
         "CHUNK": dense.rank_chunk(call.rank),
     }

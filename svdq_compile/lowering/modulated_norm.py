@@ -1,7 +1,7 @@
-"""Inductor's lowering of ``svdq::modulated_norm``: statistics now, the rest where it is read.
+"""Inductor's lowering of ``svdq::modulated_norm``: an expression, which a kernel of ours may leave unread.
 
-The result is an expression like any other. Beside it stands what it is made of, and an activation kernel that finds its
-input here reads that instead; then nothing needs the result, and Inductor never computes it.
+Beside the result stands what it is made of, and an activation kernel that finds its input here reads that instead; then
+nothing needs the result, and Inductor never computes it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ class Parts:
 
     Args:
         result: what the parts are of.
-        x: [..., K].
-        mean, deviation: float32 [..., 1]; deviation is the reciprocal of the standard deviation.
+        x: [..., K], in memory.
         scale, shift: K elements each, the same for all tokens.
+        eps: added to the variance.
         position: how many operations the graph had when they were made.
+        moments: mean and deviation, float32 [M] each, once a kernel finds them.
     """
 
     result: ir.TensorBox
     x: ir.TensorBox
-    mean: ir.TensorBox
-    deviation: ir.TensorBox
     scale: ir.TensorBox
     shift: ir.TensorBox
+    eps: float
     position: int
+    moments: list[ir.TensorBox] = dataclasses.field(default_factory=list)
 
 
 known: contextvars.ContextVar[dict[int, Parts]] = contextvars.ContextVar("svdq_modulated")
@@ -68,15 +69,14 @@ def lower(x: ir.TensorBox, scale: ir.TensorBox, shift: ir.TensorBox, eps: float)
             torch.ops.prims.convert_element_type.default,
         )
     )
-    # Read by the statistics, by every activation kernel and, as a residual, by what comes later.
+    # Read by whoever finds the moments, by every activation kernel and, as a residual, by what comes later.
     x = launch.stored(x)
     wide = cast(x, torch.float32)
     variance, mean = _compat.lowerings[aten.var_mean.correction](wide, [-1], correction=0, keepdim=True)
-    mean, deviation = launch.stored(mean), launch.stored(rsqrt(add(variance, eps)))
-    normalised = mul(sub(wide, mean), deviation)
+    normalised = mul(sub(wide, mean), rsqrt(add(variance, eps)))
     gain = add(cast(scale, torch.float32), 1.0)
     result = cast(add(mul(normalised, gain), cast(shift, torch.float32)), x.get_dtype())
     k = x.get_size()[-1]
     if all(math.prod(part.get_size()) == k for part in (scale, shift)):
-        known.get()[id(result)] = Parts(result, x, mean, deviation, scale, shift, len(_compat.V.graph.operations))
+        known.get()[id(result)] = Parts(result, x, scale, shift, eps, len(_compat.V.graph.operations))
     return result

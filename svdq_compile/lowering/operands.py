@@ -8,39 +8,83 @@ import torch
 
 from .. import _compat
 from .._compat import ir
-from . import launch, modulated_norm
+from . import launch, modulation, sums
 from .call import Call
+from .modulation import Modulation
+from .sums import Sum
 
 Tensor = ir.TensorBox
 
 
-def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Operand, tensor scale and partial down-projections; as :func:`svdq_kernels.activation.prepare`.
+Operand = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a GEMM reads of its activation: operand, tensor scale, and the down-projection, in parts or as their sum."""
+
+
+def prepare(call: Call, operand: str, whole_tiles: bool = False) -> Operand:
+    """What a linear's GEMM reads; as :func:`svdq_kernels.activation.prepare`.
 
     Args:
         whole_tiles: give a new operand memory for whole tiles, of which the one returned is the first M rows.
+    """
+    [modulated] = _modulations([call], operand)
+    prepared, last = _prepare(call, operand, modulated, whole_tiles)
+    sums.launch(last)
+    return prepared
+
+
+def prepare_both(calls: Sequence[Call], operand: str) -> list[Operand]:
+    """The same of two streams' linears; the longer one's projection is summed beside the shorter one's work."""
+    longer, shorter = sorted(calls, key=lambda call: call.hint, reverse=True)
+    modulations = _modulations([longer, shorter], operand)
+    of_longer, beside = _prepare(longer, operand, modulations[0])
+    of_shorter, last = _prepare(shorter, operand, modulations[1], beside=beside)
+    sums.launch(last)
+    return [of_longer, of_shorter] if longer is calls[0] else [of_shorter, of_longer]
+
+
+def _modulations(calls: Sequence[Call], operand: str) -> list[Modulation | None]:
+    """Of those linears whose activation kernel takes one."""
+    from svdq_kernels.activation import TOKEN_RANGE
+
+    takes = [call for call in calls if operand != "plain" or call.rank]
+    made = dict(zip(takes, modulation.modulations(takes, operand in TOKEN_RANGE), strict=True))
+    return [made.get(call) for call in calls]
+
+
+def _prepare(
+    call: Call,
+    operand: str,
+    modulated: Modulation | None,
+    whole_tiles: bool = False,
+    beside: Sum | None = None,
+) -> tuple[Operand, Sum | None]:
+    """One linear's, and the sum its projection still needs.
+
+    Args:
+        modulated: what x is to be modulated with.
+        beside: the sum of another linear, which is made.
     """
     from svdq_kernels import activation as kernels
     from svdq_kernels import few
 
     m, k = call.tokens, call.in_features
     if operand == "plain" and not call.rank:
-        return launch.aligned(_smoothed(call)), None, None
+        sums.launch(beside)
+        return (launch.aligned(_smoothed(call)), None, None), None
     scaled = operand in kernels.TOKEN_RANGE
-    parts = None if scaled and call.dynamic else modulated_norm.parts_of(call.x)
-    x, s = _activation(call, call.x if parts is None else parts.x)
-    few_tokens = kernels.takes_few(call.hint, call.rank, parts is not None)
+    x, s = _activation(call, call.x if modulated is None else modulated.x)
+    few_tokens = kernels.takes_few(call.hint, call.rank, modulated is not None)
     config = (
         few.configuration(k, call.rank)
         if few_tokens
-        else kernels.configuration(call.hint, k, call.rank, operand, parts is not None)
+        else kernels.configuration(call.hint, k, call.rank, operand, modulated is not None)
     )
     warps = config.pop("num_warps")
     splits = 1 if few_tokens else -(-k // config["SPLIT_K"])
     partials_dtype = call.dtype if few_tokens else torch.float32
     partials = launch.empty([splits, m, call.rank], partials_dtype, call.device) if call.rank else None
     t = _token_scale(call, operand, x, s) if scaled else None
-    untouched = s is None and parts is None and x.get_stride()[0] == k
+    untouched = s is None and modulated is None and x.get_stride()[0] == k
     as_is = operand == "none" or (operand == "plain" and untouched)
     dtype = torch.float8_e4m3fn if operand == "fp8" else call.dtype
     rows = kernels.ROWS * _compat.ceildiv(m, kernels.ROWS) if whole_tiles else m
@@ -51,7 +95,7 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
         "x_ptr": x,
         "s_ptr": s,
         "t_ptr": t,
-        "down_ptr": launch.contiguous(call.lora_down) if call.rank else None,
+        "down_ptr": _down(call, modulated),
         "operand_ptr": None if as_is else result,
         "K": k,
         "R": call.rank,
@@ -63,33 +107,20 @@ def prepare(call: Call, operand: str, whole_tiles: bool = False) -> tuple[Tensor
     if few_tokens:
         launch.launch(few._few_kernel, [*few.grid(m, call.rank), 1], given | {"h_ptr": partials} | config, warps)
     elif not as_is or call.rank:
-        own = {"partials_ptr": partials, "M": m, "RANK": kernels.padded_rank(call.rank), **_modulation(parts), **config}
-        grid = [splits, _compat.ceildiv(m, config["BLOCK_M"]), 1]
-        launch.launch(kernels._prepare_kernel, grid, given | own, warps)
+        own = {"partials_ptr": partials, "M": m, "RANK": kernels.padded_rank(call.rank), **config}
+        own |= modulation.NONE if modulated is None else modulated.arguments
+        own |= sums.arguments(beside) | {"SUM_BLOCK": kernels.BLOCK, "WGMMA": kernels.uses_wgmma(call.capability)}
+        places = _compat.ceildiv(m, config["BLOCK_M"]) + _compat.ceildiv(sums.blocks(beside, kernels.BLOCK), splits)
+        launch.launch(kernels._prepare_kernel, [splits, places, 1], given | own, warps)
+        beside = None
+    sums.launch(beside)
+    last = None
     if kernels.sums_partials(operand, splits, call.rank):
-        partials = sum_partials(call, partials)
+        last = sums.Sum(partials, call)
+        partials = last.h
     if whole_tiles and not as_is:
         result = launch.first_rows(result, m)
-    return None if operand == "none" else result, t, partials
-
-
-def sum_partials(call: Call, partials: Tensor) -> Tensor:
-    """The sum over S of a linear's partial down-projections [S, M, R]; as
-    :func:`svdq_kernels.projection.sum_partials`.
-    """
-    from svdq_kernels import projection as kernels
-
-    h = launch.empty([1, call.tokens, call.rank], call.dtype, call.device)
-    size = call.tokens * call.rank
-    arguments = {
-        "partials_ptr": partials,
-        "h_ptr": h,
-        "size": size,
-        "SPLITS": int(partials.get_size()[0]),
-        "BLOCK": kernels.BLOCK,
-    }
-    launch.launch(kernels._sum_kernel, [_compat.ceildiv(size, kernels.BLOCK), 1, 1], arguments)
-    return h
+    return (None if operand == "none" else result, t, partials), last
 
 
 def quantize_packed(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,16 +208,11 @@ def _smoothed(call: Call) -> Tensor:
     return launch.contiguous(x)
 
 
-def _modulation(parts: modulated_norm.Parts | None) -> dict[str, Tensor | None]:
-    """The arguments of the activation kernel that say how x is normalised and modulated."""
-    if parts is None:
-        return dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr"))
-    return {
-        "mean_ptr": parts.mean,
-        "deviation_ptr": parts.deviation,
-        "gain_ptr": launch.contiguous(parts.scale),
-        "shift_ptr": launch.contiguous(parts.shift),
-    }
+def _down(call: Call, modulated: Modulation | None) -> Tensor | None:
+    """L2 as the activation kernel takes it."""
+    if not call.rank:
+        return None
+    return launch.contiguous(call.lora_down) if modulated is None else modulated.down
 
 
 def _token_scale(call: Call, operand: str, x: Tensor, s: Tensor | None) -> Tensor:

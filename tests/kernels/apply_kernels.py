@@ -17,6 +17,7 @@ from svdq_kernels.dense import multiply
 from svdq_kernels.expand import expand_nvfp4, expand_weights
 from svdq_kernels.feed_forward import multiply_gelu_quantize
 from svdq_kernels.gemv import multiply_few, pair_bits
+from svdq_kernels.modulation import modulate
 from svdq_kernels.projection import sum_partials
 from svdq_kernels.residual import multiply_residual
 
@@ -26,6 +27,14 @@ from svdq_compile.testing.tensors import move
 
 def prepare_modulated(x, s, t, down, operand, *modulation):
     return prepare(x, s, t, down, operand, modulation=modulation)
+
+
+def prepare_beside(x, s, t, down, operand, partials, h):
+    return *prepare(x, s, t, down, operand, beside=(partials, h)), h
+
+
+def multiply_gelu_quantize_beside(partials, h, *args):
+    return *multiply_gelu_quantize(*args, beside=(partials, h)), h
 
 
 def multiply_heads(first, second, out, eps):
@@ -51,6 +60,8 @@ def pair_bits_of(words, dtype):
 LAUNCHERS = {
     "prepare": prepare,
     "prepare_modulated": prepare_modulated,
+    "prepare_beside": prepare_beside,
+    "modulate": modulate,
     "multiply": multiply,
     "expand_nvfp4": expand_nvfp4,
     "expand_weights": expand_weights,
@@ -58,6 +69,7 @@ LAUNCHERS = {
     "multiply_few": multiply_few,
     "pair_bits": pair_bits_of,
     "multiply_gelu_quantize": multiply_gelu_quantize,
+    "multiply_gelu_quantize_beside": multiply_gelu_quantize_beside,
     "multiply_heads": multiply_heads,
     "multiply_residual": multiply_residual,
     "linear_cuda": cuda.linear_cuda,

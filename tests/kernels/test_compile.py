@@ -1,10 +1,12 @@
 """Every kernel compiles for every GPU generation: its tensor core instruction, no spills, room in shared memory."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
 
-from svdq_kernels import activation, dense, expand, few, gemv
+from svdq_kernels import activation, dense, expand, few, gemv, modulation
 
 from svdq_compile.testing.ptx import CUOBJDUMP, SHARED_MEMORY_BYTES, compile_for, spills
 
@@ -12,7 +14,7 @@ CAPABILITIES = tuple(SHARED_MEMORY_BYTES)
 E4M3_SINCE = (8, 9)
 
 # What a launch finds out about aligned tensors.
-ALIGNED = ("N", "K", "W", "stride_xm", "stride_wn")
+ALIGNED = ("N", "K", "K0", "K1", "W", "stride_xm", "stride_wn", "stride_x0m", "stride_x1m")
 
 MMA = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma", (12, 0): "mma.sync"}
 """The widest tensor core instruction of each generation."""
@@ -38,6 +40,7 @@ def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
     types |= {"s_ptr": f"*{dtype}"} if smooth else {}
     types |= {"down_ptr": f"*{dtype}", "partials_ptr": "*fp32"} if rank else {}
     constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
+    constants |= {"WGMMA": activation.uses_wgmma(capability)}
     return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
 
 
@@ -73,6 +76,13 @@ def test_prepare(capability, operand, m):
         assert "cvt.rn.satfinite.e4m3x2" in ptx
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_projection_is_complete_before_its_x_is_overwritten(smooth):
+    """x is read as an operand as well, so Triton gives it no buffer for a product that is still under way."""
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", prepare((9, 0), "fp8", 4096, 32, smooth=smooth))
+    assert set(waits) == {"0"}
+
+
 @pytest.mark.parametrize("rank", [0, 16, 48, 128, 256])
 @pytest.mark.parametrize("m", [16, 600, 4096])
 def test_prepare_ranks(rank, m):
@@ -101,6 +111,21 @@ def test_few_tokens_activation(capability, operand, k):
     ptx = compiled(capability, few._few_kernel, types, constants, num_warps=warps)
     assert "mma" not in ptx
     assert ("cvt.rn.satfinite.e4m3x2" in ptx) == (operand == "fp8")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)
+@pytest.mark.parametrize("k", [64, 3072, 15360])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_modulation(capability, rank, k):
+    constants = modulation.configuration(k) | {"R0": rank, "R1": 0, "EPS0": 1e-6, "EPS1": 1e-6, "TWO": True}
+    warps = constants.pop("num_warps")
+    types = dict.fromkeys(("M0", "K0", "K1"), "i32") | dict.fromkeys(("stride_x0m", "stride_x1m"), "i64")
+    for i in range(2):
+        types |= dict.fromkeys((f"x{i}_ptr", f"gain{i}_ptr", f"shift{i}_ptr"), "*bf16")
+        types |= dict.fromkeys((f"mean{i}_ptr", f"deviation{i}_ptr"), "*fp32")
+    if rank:
+        types |= dict.fromkeys(("s0_ptr", "down0_ptr", "modulated0_ptr"), "*bf16") | {"sums0_ptr": "*fp32"}
+    assert "rsqrt" in compiled(capability, modulation._modulation_kernel, types, constants, num_warps=warps)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=sm)

@@ -115,6 +115,46 @@ def test_in_the_interpreter(major, tmp_path):
         assert_partials_right(partials, args)
 
 
+def partials(m, rank, seed, device="cuda"):
+    g = torch.Generator(device).manual_seed(seed)
+    return torch.randn(48, m, rank, generator=g, device=device).half()
+
+
+@pytest.mark.parametrize("m", [5, 130, 0])
+def test_a_sum_beside_in_the_interpreter(m, tmp_path):
+    """A kernel whose programs are all busy in the last round, or not; and none at all."""
+    args, parts = make(m, 272, 48, torch.float16, 16, 16, False, True, True, 0, "cpu"), partials(70, 33, 1, "cpu")
+    h = torch.full((1, 70, 33), torch.nan, dtype=torch.float16)
+    calls = [
+        ("multiply_gelu_quantize_beside", (parts, h, *args.values())),
+        ("multiply_gelu_quantize", tuple(args.values())),
+    ]
+    (*beside, h), alone = run_script(APPLY, calls, tmp_path, "cpu")
+    assert_bits_equal(h[0], sum_in_order(parts))
+    for one, other in zip(beside, alone, strict=True):
+        assert_bits_equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def sum_in_order(parts):
+    h = parts[0].float()
+    for part in parts[1:]:
+        h = h + part.float()
+    return h.half()
+
+
+@gpu
+@given(
+    ARGUMENTS, st.builds(partials, st.sampled_from((0, 1, 600, 4100)), st.sampled_from((1, 16, 32)), st.integers(0, 9))
+)
+def test_a_sum_beside(args, parts):
+    h = torch.full((1, *parts.shape[1:]), torch.nan, dtype=parts.dtype, device="cuda")
+    beside, alone = kernels.multiply_gelu_quantize(**args, beside=(parts, h)), kernels.multiply_gelu_quantize(**args)
+    assert_bits_equal(h[0], sum_in_order(parts))
+    assert_bits_equal(beside[0].view(torch.uint8), alone[0].view(torch.uint8))
+    if alone[1] is not None:
+        assert_bits_equal(beside[1], alone[1])
+
+
 @gpu
 @given(ARGUMENTS)
 def test_within_the_budget_and_the_same_every_time(args):

@@ -15,8 +15,13 @@ pytest.importorskip("triton")
 
 from svdq_kernels import activation
 from svdq_kernels.activation import prepare
+from svdq_kernels.modulation import modulate
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
 
 
 def make(m, k, dtype, rank, smooth, seed, device="cuda"):
@@ -69,8 +74,7 @@ def test_in_the_interpreter(tmp_path):
         assert_same(actual, expected, torch.float16)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@gpu
 @given(
     st.builds(
         make,
@@ -89,8 +93,7 @@ def test_as_if_it_had_been_so_before(args, operand):
     assert_same(actual, prepare(modulated(x, modulation), s, t, down, operand), x.dtype)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@gpu
 @pytest.mark.parametrize("m", [64, 3000])
 @pytest.mark.parametrize("far", [0, 10, 100])
 def test_a_mean_far_from_zero_in_deviations(m, far):
@@ -106,6 +109,85 @@ def test_a_mean_far_from_zero_in_deviations(m, far):
     wide = (x.double() - mean) * variance.rsqrt() * (1 + gain.double()) + shift.double()
     low = (modulated(x, modulation) * s).float() @ down.float().t()
     assert_within_budget(actual.bfloat16(), wide * s.double() @ down.double().t(), low_precision=low.bfloat16())
+
+
+@gpu
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("modulate_first", [False, True])
+def test_the_same_every_time(smooth, modulate_first):
+    """Copies for the steps ahead are many here, and under way while others are multiplied."""
+    x, s, t, down, modulation = make(4096, 3072, torch.bfloat16, 32, smooth, 0)
+    down = torch.randn(down.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(down.dtype)
+    first = prepare(x, s, t, down, "fp8", modulation=modulation if modulate_first else None)
+    for _ in range(500):
+        again = prepare(x, s, t, down, "fp8", modulation=modulation if modulate_first else None)
+        assert_bits_equal(again[0], first[0])
+        assert_bits_equal(again[2], first[2])
+
+
+def make_streams(sizes, dtype, ranks, smooth, moments, seed, device="cuda"):
+    """Arguments of modulate; products are exact as in :func:`make`."""
+    given = [make(m, k, dtype, rank, smooth, seed + i, device) for i, ((m, k), rank) in enumerate(zip(sizes, ranks))]
+    return (
+        [x if moments else None for x, *_ in given],
+        [s for _, s, *_ in given],
+        [modulation[2] for *_, modulation in given],
+        [modulation[3] for *_, modulation in given],
+        [down for _, _, _, down, _ in given],
+        [1e-6 * (i + 1) for i in range(len(given))],
+    )
+
+
+def check_streams(results, arguments):
+    assert len(results) == len(arguments[0])
+    for (mean, deviation, modulated_down, sums), x, s, gain, shift, down, eps in zip(results, *arguments, strict=True):
+        assert (mean is None) == (deviation is None) == (x is None)
+        if x is not None and x.numel():
+            variance, wanted = torch.var_mean(x.double(), 1, correction=0)
+            low_variance, low = torch.var_mean(x.float(), 1, correction=0)
+            assert_within_budget(mean, wanted, low_precision=low)
+            wanted, low = ((each + eps).rsqrt() for each in (variance, low_variance))
+            assert_within_budget(deviation, wanted, low_precision=low)
+        assert (modulated_down is None) == (sums is None) == (down is None)
+        if down is not None:
+            wide = down.double() * (1 if s is None else s.double())
+            assert_bits_equal(modulated_down, (wide * (1 + gain.double())).to(down.dtype))
+            wanted = torch.stack([modulated_down.double().sum(1), (wide * shift.double()).sum(1)])
+            assert_bits_equal(sums, wanted.float())
+
+
+def test_moments_and_low_rank_factors_in_the_interpreter(tmp_path):
+    cases = [
+        make_streams(sizes, torch.float16, ranks, smooth, moments, seed, "cpu")
+        for seed, (sizes, ranks, smooth, moments) in enumerate(
+            [
+                ([(5, 48), (3, 80)], (16, 5), True, True),
+                ([(3, 48)], (0,), False, True),
+                ([(2, 1040), (70, 16)], (0, 1), False, True),
+                ([(2, 1040)], (7,), True, False),
+                ([(0, 32), (2, 32)], (2, 0), True, True),
+            ]
+        )
+    ]
+    for case, results in zip(cases, run_script(APPLY, [("modulate", case) for case in cases], tmp_path, "cpu")):
+        check_streams(results, case)
+
+
+STREAM_SIZES = st.tuples(st.sampled_from((0, 1, 5, 1025)), st.sampled_from((16, 48, 1040, 3072)))
+
+
+@gpu
+@given(
+    st.lists(st.tuples(STREAM_SIZES, st.sampled_from((0, 1, 16, 48))), min_size=1, max_size=2),
+    st.sampled_from((torch.bfloat16, torch.float16)),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_moments_and_low_rank_factors(streams, dtype, smooth, moments, seed):
+    sizes, ranks = zip(*streams)
+    arguments = make_streams(sizes, dtype, ranks, smooth, moments, seed)
+    check_streams(modulate(*arguments), arguments)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +214,10 @@ def test_compiles_without_spills(operand, rank, m):
     constants = activation.configuration(m, 3072, rank, operand, True)
     warps = constants.pop("num_warps")
     types = dict.fromkeys(("x_ptr", "s_ptr", "gain_ptr", "shift_ptr", "down_ptr"), "*bf16")
-    types |= dict.fromkeys(("t_ptr", "mean_ptr", "deviation_ptr", "partials_ptr"), "*fp32")
+    types |= dict.fromkeys(("t_ptr", "mean_ptr", "deviation_ptr", "sums_ptr", "partials_ptr"), "*fp32")
     types |= {"M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64", "stride_tm": "i32"}
     types |= {"operand_ptr": "*fp8e4nv" if operand == "fp8" else "*bf16"}
-    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
+    constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank), "WGMMA": True}
     compiled = compile_for((9, 0), activation._prepare_kernel, types, constants, warps, aligned=("K", "stride_xm"))
     if CUOBJDUMP.exists():
         assert spills(compiled) == 0

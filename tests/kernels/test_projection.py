@@ -1,4 +1,4 @@
-"""sum_partials: the order of additions, one rounding, any size."""
+"""Sums of projections: the order of additions, one rounding, any size, beside another kernel and alone."""
 
 import pathlib
 
@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdq_compile.testing.oracle import assert_bits_equal
-from svdq_compile.testing.tensors import run_script
+from svdq_compile.testing.tensors import move, run_script
 
 pytest.importorskip("triton")
 
+from svdq_kernels.activation import prepare
 from svdq_kernels.projection import BLOCK, sum_partials
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
@@ -29,6 +30,13 @@ def in_order(parts, dtype):
     return h[None].to(dtype)
 
 
+def activation(m, k, rank, seed, dtype=torch.float16):
+    """Arguments of prepare."""
+    g = torch.Generator().manual_seed(seed)
+    x, down = torch.randn(m, k, generator=g).to(dtype), torch.randn(rank, k, generator=g).to(dtype)
+    return x, torch.ones(k, dtype=dtype), torch.tensor(0.01), down if rank else None
+
+
 def test_in_the_interpreter(tmp_path):
     # float16 only: the interpreter truncates to bfloat16.
     cases = [(partials(s, m, r, s), torch.float16) for s, m, r in ((1, 5, 16), (2, 70, 32), (7, 3, 1), (3, 0, 16))]
@@ -36,6 +44,45 @@ def test_in_the_interpreter(tmp_path):
     cases.append((torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)]).view(4, 1, 1), torch.float16))
     for args, actual in zip(cases, run_script(APPLY, [("sum_partials", args) for args in cases], tmp_path, "cpu")):
         assert_bits_equal(actual, in_order(*args))
+
+
+@pytest.mark.parametrize(("m", "k", "rank"), [(20, 272, 16), (130, 48, 0), (5, 48, 16), (0, 48, 16), (1025, 272, 16)])
+def test_beside_an_activation_in_the_interpreter(m, k, rank, tmp_path):
+    """In its launch, behind one of another kernel (5 tokens), and without one (none)."""
+    parts, args = partials(7, 301, 5, 1), activation(m, k, rank, 0)
+    h = torch.full((1, 301, 5), torch.nan, dtype=torch.float16)
+    calls = [("prepare_beside", (*args, "plain", parts, h)), ("prepare", (*args, "plain"))]
+    (*beside, h), alone = run_script(APPLY, calls, tmp_path, "cpu")
+    assert_bits_equal(h, in_order(parts, torch.float16))
+    for one, other in zip(beside, alone, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_bits_equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@given(
+    st.builds(partials, st.integers(1, 8), st.integers(0, 3000), st.sampled_from((1, 16, 48)), st.integers(0, 9)),
+    st.builds(
+        activation,
+        st.sampled_from((0, 1, 5, 128, 1025)),
+        st.sampled_from((16, 272, 3072)),
+        st.sampled_from((0, 16)),
+        st.integers(0, 9),
+        st.sampled_from((torch.bfloat16, torch.float16)),
+    ),
+    st.sampled_from(("plain", "nvfp4", "fp8")),
+)
+def test_beside_an_activation(parts, args, operand):
+    parts, args = parts.cuda(), move(args, "cuda")
+    h = torch.full((1, *parts.shape[1:]), torch.nan, dtype=args[0].dtype, device="cuda")
+    beside, alone = prepare(*args, operand, beside=(parts, h)), prepare(*args, operand)
+    assert_bits_equal(h, in_order(parts, h.dtype))
+    for one, other in zip(beside, alone, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_bits_equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 @pytest.mark.gpu

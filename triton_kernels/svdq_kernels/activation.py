@@ -5,9 +5,10 @@
     partials = x @ (s * L2).T           per slice of K, float32; their sum is the low-rank branch's h
 
 The product with L2 takes s on L2's side, so that x goes from memory to the tensor core untouched; that rounds L2 * s
-where the formula rounds x * s, to the same number of bits. So it does with an x that is normalised and modulated first:
+where the formula rounds x * s, to the same number of bits. So it does with an x that is normalised and modulated first,
+whose L2 is made once for all of its tiles:
 
-    h = ((x - mean) @ D.T) * deviation + (s * L2) @ shift        D = L2 * s * (1 + gain), rounded as L2 * s
+    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]         D and sums: see svdq_kernels.modulation
 """
 
 import torch
@@ -16,8 +17,9 @@ import triton.language as tl
 
 from . import few
 from .fp4 import GROUP, magnitude_bits
+from .modulation import modulate
 from .operand import OPERANDS, TOKEN_RANGE, modulated, nvfp4_values, smooth
-from .projection import sum_partials
+from .projection import BLOCK, beside_arguments, sum_block, sum_partials, write_sum
 
 
 @triton.jit
@@ -43,7 +45,9 @@ def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, TOKEN_RANGE: tl.const
 
 
 @triton.jit
-def _prepare_kernel(
+def prepare_tile(
+    split,
+    block_m,
     x_ptr,
     s_ptr,
     t_ptr,
@@ -52,6 +56,7 @@ def _prepare_kernel(
     deviation_ptr,
     gain_ptr,
     shift_ptr,
+    sums_ptr,
     operand_ptr,
     partials_ptr,
     M,
@@ -66,24 +71,27 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):
     """Operand and partial down-projection of BLOCK_M tokens and SPLIT_K inputs.
 
     Args:
+        split, block_m: which inputs and which tokens.
         x_ptr: x [M, K], unit column stride.
         s_ptr: s [K] or None.
         t_ptr: tensor scale, float32, one value (stride_tm 0) or [M] (stride_tm 1); None for a plain operand.
-        down_ptr: L2 [R, K] contiguous, x's dtype; None without a low-rank branch.
+        down_ptr: L2 [R, K] contiguous, x's dtype, or D of an x that is modulated; None without a low-rank branch.
         mean_ptr, deviation_ptr: float32 [M], to normalise and modulate x first (:func:`modulated`); None to take it
             as it is.
         gain_ptr, shift_ptr: [K], likewise.
+        sums_ptr: float32 [2, R], D's, likewise.
         operand_ptr: result [M, K] contiguous; None to not store it.
         partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
         SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
         RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
+        WGMMA: whether tl.dot is an instruction that goes on by itself, as on sm_90.
     """
-    split = tl.program_id(0)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     row = offs_m.to(tl.int64)
     if t_ptr is not None:
@@ -94,9 +102,9 @@ def _prepare_kernel(
         deviation = tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
     offs_r = tl.arange(0, RANK if RANK else 16)
     h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
-    if mean_ptr is not None and RANK > 0:
-        of_mean = tl.zeros((RANK, BLOCK_K), dtype=tl.float32)
-        of_shift = tl.zeros((RANK, BLOCK_K), dtype=tl.float32)
+    if WGMMA:
+        # Never true, which LLVM knows, but not Triton.
+        never = tl.load(x_ptr).to(tl.float32) > float("inf")
     for start in tl.range(0, SPLIT_K, BLOCK_K, num_stages=STAGES):
         offs_k = split * SPLIT_K + start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -110,16 +118,13 @@ def _prepare_kernel(
         if RANK > 0:
             mask_down = (offs_r < R)[:, None] & mask_k[None, :]
             down = tl.load(down_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_down, other=0.0)
-            if mean_ptr is not None:
-                wide = down.to(tl.float32)
-                if s_ptr is not None:
-                    wide *= s.to(tl.float32)[None, :]
-                of_shift += wide * shift[None, :]
-                down = (wide * gain[None, :]).to(down.dtype)
-                of_mean += down.to(tl.float32)
-            elif s_ptr is not None:
+            if mean_ptr is None and s_ptr is not None:
                 down = smooth(down, s)
             h = tl.dot(x, tl.trans(down), h)
+            if WGMMA:
+                # Read here, so that the product is complete before copies for later steps overwrite x. Triton leaves
+                # one under way from step to step, but gives x no buffer for that, as the operand is made of it too.
+                h = tl.where(never, 0.0, h)
         if operand_ptr is not None:
             x_hat = x
             if mean_ptr is not None:
@@ -135,11 +140,88 @@ def _prepare_kernel(
             values = values.to(operand_ptr.dtype.element_ty)
             tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
     if mean_ptr is not None and RANK > 0:
-        # The tensor core took x as it lies in memory. L2 is what was rounded, once for the product and for the sum.
-        h = (h - mean[:, None] * tl.sum(of_mean, 1)[None, :]) * deviation[:, None] + tl.sum(of_shift, 1)[None, :]
+        # The tensor core took x as it lies in memory. The first slice carries what is the same for all of them.
+        share = tl.where(split == 0, 1.0, 0.0)
+        of_down = tl.load(sums_ptr + offs_r, mask=offs_r < R, other=0.0) * share
+        of_shift = tl.load(sums_ptr + R + offs_r, mask=offs_r < R, other=0.0) * share
+        h = (h - mean[:, None] * of_down[None, :]) * deviation[:, None] + of_shift[None, :]
     if RANK > 0:
         where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
         tl.store(partials_ptr + where, h, mask=mask_m[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr,
+    s_ptr,
+    t_ptr,
+    down_ptr,
+    mean_ptr,
+    deviation_ptr,
+    gain_ptr,
+    shift_ptr,
+    sums_ptr,
+    operand_ptr,
+    partials_ptr,
+    beside_partials_ptr,
+    beside_h_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_tm,
+    beside_size,
+    OPERAND: tl.constexpr,
+    SCALE_FACTOR: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    WGMMA: tl.constexpr,
+    BESIDE_SPLITS: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    """The whole of x, program (i, j) slice i of K and block j of tokens; arguments as :func:`prepare_tile`'s.
+
+    Args:
+        beside_partials_ptr, beside_h_ptr, beside_size, BESIDE_SPLITS: as :func:`.projection.sum_block`'s, the sum of
+            another linear that programs behind those of x make; None without one.
+    """
+    split, block_m = tl.program_id(0), tl.program_id(1)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    if beside_partials_ptr is None or block_m < blocks_m:
+        prepare_tile(
+            split,
+            block_m,
+            x_ptr,
+            s_ptr,
+            t_ptr,
+            down_ptr,
+            mean_ptr,
+            deviation_ptr,
+            gain_ptr,
+            shift_ptr,
+            sums_ptr,
+            operand_ptr,
+            partials_ptr,
+            M,
+            K,
+            R,
+            stride_xm,
+            stride_tm,
+            OPERAND,
+            SCALE_FACTOR,
+            RANK,
+            SPLIT_K,
+            BLOCK_M,
+            BLOCK_K,
+            STAGES,
+            WGMMA,
+        )
+    else:
+        block = (block_m - blocks_m) * tl.num_programs(0) + split
+        sum_block(block, beside_partials_ptr, beside_h_ptr, beside_size, BESIDE_SPLITS, SUM_BLOCK)
 
 
 TOKEN_SCALE_BLOCK = 1024
@@ -184,12 +266,9 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
             "STAGES": 3 if rank <= 128 else 2,
             "num_warps": warps,
         }
-    # Modulation changes L2's tile, which is then worth more rows.
-    block_m = 128 if modulated and m > 2048 and 0 < rank <= 32 and operand != "nvfp4" else 64
-    programs = PROGRAMS_MODULATED if modulated else PROGRAMS
-    least = SLICES if operand == "fp8" and not modulated else 1
-    splits = max(1, min(max(programs // -(-m // block_m), least), k // 384, 8))
-    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": block_m, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+    least = SLICES if operand == "fp8" else 1
+    splits = max(1, min(max(PROGRAMS // -(-m // 64), least), k // 384, 8))
+    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
 
 
 MANY_TOKENS = 1024
@@ -197,9 +276,6 @@ MANY_TOKENS = 1024
 
 PROGRAMS = 384
 """Programs of 64 tokens and four warps: about three for each multiprocessor of an H100."""
-
-PROGRAMS_MODULATED = 256
-"""The same of a kernel that needs more registers: about two."""
 
 SLICES = 6
 """Short programs, of which the last ones leave less of the GPU idle."""
@@ -215,6 +291,7 @@ def prepare(
     config: dict[str, int] | None = None,
     *,
     modulation: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The GEMM operand of x, its tensor scale, and the partial down-projections.
 
@@ -230,6 +307,8 @@ def prepare(
         config: what :func:`configuration` returns, to override it.
         modulation: mean and deviation, float32 [M], gain and shift [K], all contiguous: what x is to be normalised and
             modulated with first, as :func:`modulated` says. Not with a scale per token.
+        beside: another linear's partials [S, M, R] and its h [1, M, R], which is made as by
+            :func:`.projection.sum_partials`, in this launch where it is :func:`_prepare_kernel`'s.
 
     Returns:
         The operand [M, K], contiguous, a new one the first rows of :func:`padded_rows`: float8_e4m3fn for ``fp8``, else
@@ -291,20 +370,38 @@ def prepare(
             few._few_kernel[few.grid(m, rank)](h_ptr=partials, **given, **chosen)
         elif m and k and not (as_is and not rank):
             mean, deviation, gain, shift = modulation or (None,) * 4
-            _prepare_kernel[(splits, triton.cdiv(m, chosen["BLOCK_M"]))](
+            down_sums = None
+            if modulation is not None and rank:
+                [(_, _, given["down_ptr"], down_sums)] = modulate(
+                    [None], [pre_quant_scale], [gain], [shift], [given["down_ptr"]], [0.0]
+                )
+            sums = triton.cdiv(beside[1].numel(), BLOCK) if beside else 0
+            _prepare_kernel[(splits, triton.cdiv(m, chosen["BLOCK_M"]) + triton.cdiv(sums, splits))](
+                **beside_arguments(beside),
+                SUM_BLOCK=BLOCK,
                 mean_ptr=mean,
                 deviation_ptr=deviation,
                 gain_ptr=gain,
                 shift_ptr=shift,
+                sums_ptr=down_sums,
                 partials_ptr=partials,
                 M=m,
                 RANK=padded_rank(rank),
+                WGMMA=uses_wgmma(torch.cuda.get_device_capability(x.device)),
                 **given,
                 **chosen,
             )
+            beside = None
+    if beside:
+        write_sum(*beside)
     if sums_partials(operand, splits, rank):
         partials = sum_partials(partials, x.dtype)
     return None if operand == "none" else result, t, partials
+
+
+def uses_wgmma(capability: tuple[int, int]) -> bool:
+    """As the kernel's WGMMA."""
+    return capability[0] == 9
 
 
 def takes_few(m: int, rank: int, modulated: bool) -> bool:

@@ -88,6 +88,26 @@ def product(
 
 
 @triton.jit
+def output_scale(
+    scale_a_ptr,
+    scale_b_ptr,
+    offs_m,
+    M,
+    PER_TOKEN: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+):
+    """``(FACTOR_A * scale_a) * (FACTOR_B * scale_b)``, one value or [BLOCK_M, 1]; scale_a_ptr None stands for 1."""
+    scale = tl.load(scale_b_ptr) * FACTOR_B
+    if scale_a_ptr is not None:
+        if PER_TOKEN:
+            scale = (tl.load(scale_a_ptr + offs_m, mask=offs_m < M, other=0.0) * FACTOR_A * scale)[:, None]
+        else:
+            scale = tl.load(scale_a_ptr) * FACTOR_A * scale
+    return scale
+
+
+@triton.jit
 def scaled(
     acc,
     scale_a_ptr,
@@ -98,16 +118,18 @@ def scaled(
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
 ):
-    """``acc * ((FACTOR_A * scale_a) * (FACTOR_B * scale_b))``; scale_a_ptr None stands for 1."""
-    scale = tl.load(scale_b_ptr) * FACTOR_B
-    if scale_a_ptr is None:
-        acc = acc * scale
-    elif PER_TOKEN:
-        scale_a = tl.load(scale_a_ptr + offs_m, mask=offs_m < M, other=0.0) * FACTOR_A
-        acc = acc * (scale_a * scale)[:, None]
-    else:
-        acc = acc * (tl.load(scale_a_ptr) * FACTOR_A * scale)
-    return acc
+    """``acc`` times :func:`output_scale`."""
+    return acc * output_scale(scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
+
+
+@triton.jit
+def late(value, scale_ptr):
+    """A value that was loaded early, used not before here.
+
+    Triton would change its layout, which waits for it, right where it is loaded. This it takes for a choice that
+    depends on a scale; LLVM knows that none is above infinity, and drops it.
+    """
+    return tl.where(tl.load(scale_ptr) > float("inf"), 0.0, value)
 
 
 @triton.jit
@@ -205,22 +227,22 @@ def dense_tile(
     """y of one tile, float32 [BLOCK_M, BLOCK_N]; arguments as in the functions above, None for an absent part."""
     offs_m = origin_m + tl.arange(0, BLOCK_M)
     offs_n = origin_n + tl.arange(0, BLOCK_N)
-    # A low-rank branch that fits the registers is on its way while the main loop runs.
+    # What fits the registers is on its way while the main loop runs.
+    scale = output_scale(scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
     EARLY: tl.constexpr = (SPLITS == 1 or BLOCK_M == 64) and R <= CHUNK
     if R > 0 and EARLY:
         h, up = load_low_rank(partials_ptr, up_ptr, offs_m, offs_n, M, N, 0, R, SPLITS, CHUNK)
     acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-    acc = scaled(acc, scale_a_ptr, scale_b_ptr, offs_m, M, PER_TOKEN, FACTOR_A, FACTOR_B)
+    acc = acc * late(scale, scale_b_ptr)
     if R > 0:
         if EARLY:
-            # Never true, which Triton does not know: it would wait for h and L1 ahead of the main loop to copy them
-            # to shared memory. LLVM knows, and drops it.
-            never = tl.load(scale_b_ptr) > float("inf")
-            acc = tl.dot(tl.where(never, 0.0, h), tl.trans(tl.where(never, 0.0, up)), acc)
+            acc = tl.dot(late(h, scale_b_ptr), tl.trans(late(up, scale_b_ptr)), acc)
         else:
             acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
     if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, offs_n, N)
+        acc += late(bias, scale_b_ptr).to(tl.float32)[None, :]
     return acc
 
 

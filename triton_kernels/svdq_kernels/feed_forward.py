@@ -15,9 +15,9 @@ import triton.language as tl
 
 from . import dense
 from .activation import check_scales, padded_rank
-from .dense import column_parts, dense_tile, tile_origin
+from .dense import column_parts, dense_tile, late, tile_origin
 from .operand import smooth
-from .projection import sum_partials
+from .projection import beside_arguments, sum_block, sum_partials, write_sum
 
 LINEAR = tl.constexpr(-2.302208198144325)
 """-2 * sqrt(2 / pi) * log2(e): what GELU's tanh form and its exponential in base 2 make of x."""
@@ -40,49 +40,55 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def load_down(down_ptr, offs_n, N, R: tl.constexpr, RANK: tl.constexpr):
+    """Some columns of L2 [R, N], [RANK, width]; 0 without a low-rank branch."""
+    down = 0
+    if RANK > 0:
+        offs_r = tl.arange(0, RANK)
+        mask = (offs_r < R)[:, None] & (offs_n < N)[None, :]
+        down = tl.load(down_ptr + offs_r.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+    return down
+
+
+@triton.jit
 def quantize_tile(
     y,
+    down,
     s_ptr,
     t_ptr,
-    down_ptr,
+    reciprocal,
     operand_ptr,
     h,
     offs_m,
     offs_n,
     M,
     N,
-    R: tl.constexpr,
     RANK: tl.constexpr,
-    SCALE_FACTOR: tl.constexpr,
     BFLOAT16: tl.constexpr,
 ):
     """Stores the operand of some columns of y; returns h with their part of the down-projection added.
 
     Args:
         y: float32 [BLOCK_M, width] at rows offs_m and columns offs_n.
+        down: what :func:`load_down` returns of the same columns.
         s_ptr: s [N] or None.
-        t_ptr: float32, one value; ``a = SCALE_FACTOR * t``.
-        down_ptr: L2 [R, N] contiguous, or None.
+        t_ptr: float32, one value.
+        reciprocal: ``1 / a``.
         operand_ptr: e4m3 [M, N] contiguous.
         h: float32 [BLOCK_M, RANK].
         RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
         BFLOAT16: whether the model's dtype is bfloat16; else float16.
     """
     mask_n = offs_n < N
-    if RANK > 0:
-        # Ahead of GELU, whose work covers the latency; Triton keeps the order.
-        offs_r = tl.arange(0, RANK)
-        mask_down = (offs_r < R)[:, None] & mask_n[None, :]
-        down = tl.load(down_ptr + offs_r.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask_down, other=0.0)
     x_hat = gelu_tanh(y).to(tl.bfloat16 if BFLOAT16 else tl.float16)
     if s_ptr is not None:
         x_hat = smooth(x_hat, tl.load(s_ptr + offs_n, mask=mask_n, other=0.0))
     # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
-    operand = (x_hat.to(tl.float32) * tl.div_rn(1.0, tl.load(t_ptr) * SCALE_FACTOR)).to(tl.float8e4nv)
+    operand = (x_hat.to(tl.float32) * reciprocal).to(tl.float8e4nv)
     where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(operand_ptr + where, operand, mask=(offs_m < M)[:, None] & mask_n[None, :])
     if RANK > 0:
-        h = tl.dot(x_hat, tl.trans(down), h)
+        h = tl.dot(x_hat, tl.trans(late(down, t_ptr)), h)
     return h
 
 
@@ -100,11 +106,14 @@ def _gelu_quantize_kernel(
     down_ptr,
     operand_ptr,
     next_partials_ptr,
+    beside_partials_ptr,
+    beside_h_ptr,
     M,
     N,
     K,
     stride_xm,
     stride_wn,
+    beside_size,
     PER_TOKEN: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
@@ -116,6 +125,8 @@ def _gelu_quantize_kernel(
     SCALE_FACTOR: tl.constexpr,
     BFLOAT16: tl.constexpr,
     TMA: tl.constexpr,
+    BESIDE_SPLITS: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -125,13 +136,18 @@ def _gelu_quantize_kernel(
 
     Args:
         x: x_q [M, K], e4m3 and contiguous; w: w_q [N, K], likewise.
+        t_ptr: float32, one value; ``a = SCALE_FACTOR * t``.
+        down_ptr: L2 [NEXT_R, N] contiguous, or None.
         TMA: whether tiles are loaded by tensor descriptors.
+        beside_partials_ptr, beside_h_ptr, beside_size, BESIDE_SPLITS: as :func:`.projection.sum_block`'s, the sum of
+            another linear that programs without a tile in the last round make; None without one.
         The rest: as in :func:`svdq_kernels.dense._dense_kernel` and :func:`quantize_tile`.
     """
     if TMA:
         x = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
         w = tl.make_tensor_descriptor(w, [N, K], [stride_wn, 1], [BLOCK_N, BLOCK_K])
     HALF: tl.constexpr = BLOCK_N // 2
+    reciprocal = tl.div_rn(1.0, tl.load(t_ptr) * SCALE_FACTOR)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
         origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -162,24 +178,29 @@ def _gelu_quantize_kernel(
             TMA,
         )
         offs_m = origin_m + tl.arange(0, BLOCK_M)
+        # All of L2's part of the tile is on its way while GELU is at work.
+        left, right = origin_n + tl.arange(0, HALF), origin_n + tl.arange(0, HALF) + HALF
+        downs = (
+            load_down(down_ptr, left, N, NEXT_R, NEXT_RANK),
+            load_down(down_ptr, right, N, NEXT_R, NEXT_RANK),
+        )
         # Half of the sums at a time: both halves at once do not fit the registers.
         halves = column_parts(acc, BLOCK_M, BLOCK_N, 2)
         h = tl.zeros((BLOCK_M, NEXT_RANK if NEXT_RANK else 16), dtype=tl.float32)
         for i in tl.static_range(2):
             h = quantize_tile(
                 halves[i],
+                downs[i],
                 s_ptr,
                 t_ptr,
-                down_ptr,
+                reciprocal,
                 operand_ptr,
                 h,
                 offs_m,
                 origin_n + tl.arange(0, HALF) + i * HALF,
                 M,
                 N,
-                NEXT_R,
                 NEXT_RANK,
-                SCALE_FACTOR,
                 BFLOAT16,
             )
         if NEXT_RANK > 0:
@@ -187,7 +208,17 @@ def _gelu_quantize_kernel(
             where = ((origin_n // BLOCK_N).to(tl.int64) * M + offs_m)[:, None] * NEXT_R + offs_r[None, :]
             mask_h = (offs_m < M)[:, None] & (offs_r < NEXT_R)[None, :]
             tl.store(next_partials_ptr + where, h.to(next_partials_ptr.dtype.element_ty), mask=mask_h)
+    if beside_partials_ptr is not None:
+        programs = tl.num_programs(0)
+        busy = tiles % programs
+        blocks = tl.cdiv(beside_size, SUM_BLOCK)
+        first = tl.where(tl.program_id(0) < busy, blocks, tl.program_id(0) - busy)
+        for block in tl.range(first, blocks, programs - busy, num_stages=1):
+            sum_block(block, beside_partials_ptr, beside_h_ptr, beside_size, BESIDE_SPLITS, SUM_BLOCK)
 
+
+SUM_BLOCK = 1024
+"""Values of another linear's sum that a program adds up at once: four a thread, so that few programs load fast."""
 
 MAX_RANK = 64
 """Largest rank of the second linear: its down-projection shares the registers with a tile of sums."""
@@ -213,6 +244,7 @@ def multiply_gelu_quantize(
     factor_a: float = 1.0,
     factor_b: float = 1.0,
     scale_factor: float = 1.0,
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Operand and down-projection of ``gelu(y)``, for y as :func:`svdq_kernels.dense.multiply` computes it.
 
@@ -223,6 +255,8 @@ def multiply_gelu_quantize(
         input_scale: t of the second linear, float32, one value; its operand is divided by ``scale_factor * t``.
         lora_down: L2 [R, N] of the second linear, R at most :data:`MAX_RANK`, or None.
         dtype: bfloat16 or float16, what gelu(y), x_hat and partials are rounded to.
+        beside: another linear's partials [S, M, R] and its h [1, M, R], which is made as by
+            :func:`.projection.sum_partials`.
 
     Returns:
         The operand, float8_e4m3fn [M, N], contiguous. The sum of the partials, dtype [1, M, R], or None.
@@ -251,6 +285,8 @@ def multiply_gelu_quantize(
                 down_ptr=lora_down.contiguous() if next_rank else None,
                 operand_ptr=operand,
                 next_partials_ptr=slices,
+                **beside_arguments(beside),
+                SUM_BLOCK=SUM_BLOCK,
                 NEXT_R=next_rank,
                 NEXT_RANK=padded_rank(next_rank),
                 SCALE_FACTOR=scale_factor,
@@ -258,6 +294,8 @@ def multiply_gelu_quantize(
                 TMA=dense.uses_tma(capability),
                 **config,
             )
+    elif beside:
+        write_sum(*beside)
     return operand, sum_partials(slices, dtype) if next_rank else None
 
 

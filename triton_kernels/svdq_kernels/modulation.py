@@ -1,0 +1,255 @@
+"""What an activation kernel needs to normalise and modulate x as it reads it, of two streams by one launch.
+
+    mean, deviation = moments of each row of x; deviation is the reciprocal of the standard deviation
+    D = round(L2 * s * (1 + gain))          sums = [sum of D, sum of s * L2 * shift], over K, of each rank
+
+With them ``h = ((x - mean) * deviation * (1 + gain) + shift) * s @ L2.T`` takes x as it lies in memory:
+
+    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_moments(row, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and deviation of one row, the variance about the mean: both are in registers by then.
+
+    Args:
+        x_ptr: x [M, K], unit column stride.
+        mean_ptr, deviation_ptr: float32 [M].
+        EPS: added to the variance.
+        BLOCK_K: at least K.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    x = tl.load(x_ptr + tl.cast(row, tl.int64) * stride_xm + offs_k, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / K
+    centered = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centered * centered, 0) / K
+    tl.store(mean_ptr + row, mean)
+    tl.store(deviation_ptr + row, tl.rsqrt(variance + EPS))
+
+
+@triton.jit
+def modulate_down(
+    rank, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R: tl.constexpr, STEP: tl.constexpr
+):
+    """One rank of D and its two sums.
+
+    Args:
+        down_ptr: L2 [R, K], contiguous.
+        s_ptr, gain_ptr, shift_ptr: [K]; s_ptr may be None.
+        modulated_ptr: D [R, K], L2's dtype.
+        sums_ptr: float32 [2, R].
+        STEP: columns at once.
+    """
+    of_down = tl.zeros((STEP,), dtype=tl.float32)
+    of_shift = tl.zeros((STEP,), dtype=tl.float32)
+    for start in range(0, K, STEP):
+        offs_k = start + tl.arange(0, STEP)
+        mask = offs_k < K
+        wide = tl.load(down_ptr + rank * K + offs_k, mask=mask, other=0.0).to(tl.float32)
+        if s_ptr is not None:
+            wide *= tl.load(s_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+        of_shift += wide * tl.load(shift_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+        gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+        modulated = (wide * gain).to(modulated_ptr.dtype.element_ty)
+        tl.store(modulated_ptr + rank * K + offs_k, modulated, mask=mask)
+        # What was rounded, once for the product and for the sum.
+        of_down += modulated.to(tl.float32)
+    tl.store(sums_ptr + rank, tl.sum(of_down, 0))
+    tl.store(sums_ptr + R + rank, tl.sum(of_shift, 0))
+
+
+@triton.jit
+def modulate_stream(
+    program,
+    x_ptr,
+    s_ptr,
+    gain_ptr,
+    shift_ptr,
+    down_ptr,
+    mean_ptr,
+    deviation_ptr,
+    modulated_ptr,
+    sums_ptr,
+    K,
+    stride_xm,
+    R: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program's share of a stream: the first R take a rank each, the others a row; arguments as above."""
+    if program < R:
+        if R > 0:
+            modulate_down(program, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R, STEP)
+    elif x_ptr is not None:
+        find_moments(program - R, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS, BLOCK_K)
+
+
+@triton.jit
+def _modulation_kernel(
+    x0_ptr,
+    x1_ptr,
+    s0_ptr,
+    s1_ptr,
+    gain0_ptr,
+    gain1_ptr,
+    shift0_ptr,
+    shift1_ptr,
+    down0_ptr,
+    down1_ptr,
+    mean0_ptr,
+    mean1_ptr,
+    deviation0_ptr,
+    deviation1_ptr,
+    modulated0_ptr,
+    modulated1_ptr,
+    sums0_ptr,
+    sums1_ptr,
+    M0,
+    K0,
+    K1,
+    stride_x0m,
+    stride_x1m,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    EPS0: tl.constexpr,
+    EPS1: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Both streams, or the first; arguments as :func:`modulate_stream`'s with the stream's number.
+
+    Args:
+        x0_ptr, x1_ptr: None where only D is to be made; mean and deviation are None then.
+        M0: rows of the first stream whose moments are to be found.
+    """
+    program = tl.program_id(0)
+    if program < R0 + M0:
+        modulate_stream(
+            program,
+            x0_ptr,
+            s0_ptr,
+            gain0_ptr,
+            shift0_ptr,
+            down0_ptr,
+            mean0_ptr,
+            deviation0_ptr,
+            modulated0_ptr,
+            sums0_ptr,
+            K0,
+            stride_x0m,
+            R0,
+            EPS0,
+            BLOCK_K,
+            STEP,
+        )
+    elif TWO:
+        modulate_stream(
+            program - (R0 + M0),
+            x1_ptr,
+            s1_ptr,
+            gain1_ptr,
+            shift1_ptr,
+            down1_ptr,
+            mean1_ptr,
+            deviation1_ptr,
+            modulated1_ptr,
+            sums1_ptr,
+            K1,
+            stride_x1m,
+            R1,
+            EPS1,
+            BLOCK_K,
+            STEP,
+        )
+
+
+STREAM = {
+    "x{}_ptr": "x",
+    "s{}_ptr": "s",
+    "gain{}_ptr": "gain",
+    "shift{}_ptr": "shift",
+    "down{}_ptr": "down",
+    "mean{}_ptr": "mean",
+    "deviation{}_ptr": "deviation",
+    "modulated{}_ptr": "modulated",
+    "sums{}_ptr": "sums",
+    "K{}": "k",
+    "stride_x{}m": "stride",
+    "R{}": "rank",
+    "EPS{}": "eps",
+}
+"""The kernel's parameters -> what a stream calls them."""
+
+STEP = 1024
+"""Columns of L2 a program takes at once."""
+
+
+def configuration(k: int) -> dict[str, int]:
+    """Constants of the kernel, and ``num_warps``: a warp holds 1024 values of a row.
+
+    Args:
+        k: the most columns of a stream.
+    """
+    block_k = max(32, triton.next_power_of_2(k))
+    return {"BLOCK_K": block_k, "STEP": STEP, "num_warps": max(1, min(block_k // 1024, 8))}
+
+
+def arguments(streams: list[dict[str, object]], rows: object) -> dict[str, object]:
+    """What a launch takes of one or two streams, by the kernel's parameters' names; absent ones are None.
+
+    Args:
+        streams: of each the values of :data:`STREAM`; k, stride and eps of an x that is absent are any.
+        rows: rows of the first stream whose moments are to be found.
+    """
+    first, *others = streams
+    second = others[0] if others else dict.fromkeys(STREAM.values()) | {"rank": 0, "eps": 0.0}
+    given = {name.format(i): each[own] for name, own in STREAM.items() for i, each in enumerate((first, second))}
+    return given | {"M0": rows, "TWO": bool(others)}
+
+
+def modulate(
+    x: list[torch.Tensor | None],
+    pre_quant_scale: list[torch.Tensor | None],
+    gain: list[torch.Tensor],
+    shift: list[torch.Tensor],
+    lora_down: list[torch.Tensor | None],
+    eps: list[float],
+) -> list[tuple[torch.Tensor | None, ...]]:
+    """Moments of x, and L2 as it multiplies x, of one or two streams.
+
+    Args:
+        x: bfloat16 or float16 [M, K], unit column stride; None to leave out the moments.
+        pre_quant_scale: s [K], or None for no smoothing.
+        gain, shift: [K], contiguous.
+        lora_down: L2 [R, K], contiguous, or None.
+        eps: added to the variance.
+
+    Returns:
+        Of each stream mean and deviation, float32 [M], or None; D, L2's dtype [R, K], and sums, float32 [2, R], or
+        None.
+    """
+    streams, results = [], []
+    for x_i, s, g, shift_i, down, eps_i in zip(x, pre_quant_scale, gain, shift, lora_down, eps, strict=True):
+        k, rank = g.numel(), 0 if down is None else down.shape[0]
+        empty = {"dtype": torch.float32, "device": g.device}
+        mean, deviation = (None, None) if x_i is None else (torch.empty(x_i.shape[0], **empty) for _ in range(2))
+        modulated, sums = (torch.empty_like(down), torch.empty(2, rank, **empty)) if rank else (None, None)
+        own = (x_i, s, g, shift_i, down if rank else None, mean, deviation, modulated, sums)
+        stride = 0 if x_i is None else x_i.stride(0)
+        streams.append(dict(zip(STREAM.values(), (*own, k, stride, rank, eps_i), strict=True)))
+        results.append((mean, deviation, modulated, sums))
+    rows = [0 if each is None else each.shape[0] for each in x]
+    programs = sum(rows) + sum(each["rank"] for each in streams)
+    if programs:
+        with torch.cuda.device_of(gain[0]):
+            config = configuration(max(each["k"] for each in streams))
+            _modulation_kernel[(programs,)](**arguments(streams, rows[0]), **config)
+    return results
