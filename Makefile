@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.11,<2.16
 TRITON ?= triton>=3.6
 VENV ?= .venv
-# Processes that run tests; each takes up to 4 GB and one core.
+# Processes that run tests, a core each.
 WORKERS ?= 2
 BIN := $(VENV)/bin
 

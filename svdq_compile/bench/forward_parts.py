@@ -33,7 +33,7 @@ _OURS = re.compile(r"(_\w+_kernel)(_\d+)?")
 """Inductor appends a number."""
 
 QUANTISING = ("activation", "few", "modulation", "projection", "packed", "expand")
-"""Modules of ``svdq_kernels`` whose kernels make operands; those of all others multiply them."""
+"""Modules of ``svdq_kernels`` whose kernels make operands or what that takes; those of all others multiply them."""
 
 
 @dataclasses.dataclass(frozen=True)
