@@ -61,7 +61,13 @@ def svdq(
     patches["post_grad_custom_pre_pass"] = SourceKeyed(previous, len(report.matched), ours.skipped)
     split, inputs, readers = split_weights(gm, example_inputs)
     with active():
-        return splitting(_compat.compile_fx(split, inputs, config_patches=patches), readers)
+        compiled = _compat.compile_fx(split, inputs, config_patches=patches)
+    if any(match.device.type == "cuda" for match in report.matched):
+        # Triton is there where a GPU is.
+        from .lowering.launch import with_scratch
+
+        compiled = with_scratch(compiled)
+    return splitting(compiled, readers)
 
 
 parse_options = options.parse

@@ -124,6 +124,8 @@ class ModelState:
         self._held = list(self._tensors())
         self._wrappers = [vars(tensor) for tensor in self._held if is_traceable_wrapper_subclass(tensor)]
         self._plain = [tensor for tensor in self._held if type(tensor) in PLAIN]
+        # One dimension cannot be laid out anew where it lies.
+        self._matrices = [tensor for tensor in self._plain if tensor.dim() > 1]
         self._held += [part for wrapper in self._wrappers for part in wrapper.values()]
         self._held += [d[name] for d, name in self._attributes]
         # ``.data`` moves a tensor that stays the object it is.
@@ -140,7 +142,7 @@ class ModelState:
         return [*map(len, self._dicts), *map(len, self._tables), *map(id, children)]
 
     def _contents(self) -> list:
-        """Which tensors and other objects are where, where all tensors lie, and what dtype those of the tables have."""
+        """Which tensors and other objects are where, where all tensors lie, and what form those of the tables have."""
         tensors = itertools.chain.from_iterable(map(dict.values, self._tables))
         parts = itertools.chain.from_iterable(map(dict.values, self._wrappers))
         return [
@@ -149,6 +151,8 @@ class ModelState:
             *[id(d.get(name)) for d, name in self._attributes],
             *map(torch.Tensor.data_ptr, self._placed),
             *[tensor.dtype for tensor in self._plain],
+            *map(torch.Tensor.size, self._matrices),
+            *map(torch.Tensor.stride, self._matrices),
             *[getattr(processor, "_attention_backend", None) for processor in self._processors],
         ]
 

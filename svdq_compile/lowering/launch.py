@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -45,6 +45,23 @@ def launch(
         tma_descriptor_metadata={},
         kwargs=tensors,
     )
+
+
+def with_scratch(compiled: Callable) -> Callable:
+    """Compiled code whose kernels get the memory they ask for in whatever thread or task it is called.
+
+    Inductor sets Triton's allocator at the first launches only (torch 2.13 and later), where they happen to be.
+
+    Args:
+        compiled: what Inductor made of a graph with launches of ours on a GPU.
+    """
+    from svdq_kernels import scratch
+
+    def call(*arguments: object) -> object:
+        scratch.provide()
+        return compiled(*arguments)
+
+    return call
 
 
 def empty(size: Sequence[sympy.Expr | int], dtype: torch.dtype, device: torch.device) -> ir.TensorBox:

@@ -157,8 +157,10 @@ class _Reader:
             raise OtherHeads(f"they are of no group of {MEMBERS} quantised linears")
         features = self.sizes[2] * self.head_dim
         rows = [value_of(qweight).shape[0] for qweight in group.args[1]]
-        if value_of(group).dim() != 3 or any(n != features for n in rows) or node.kwargs:
+        if any(n != features for n in rows) or node.kwargs:
             raise OtherHeads("the linears of the group differ in size")
+        if value_of(group).dim() != 3 or not same_sizes(value_of(group).shape[:2], self.sizes[:2]):
+            raise OtherHeads("the group's sequences are other ones than attention's")
         places = [(-1, index * features, features) for index in range(MEMBERS)]
         if node.args[1:] not in places:
             raise OtherHeads("they are no linear of the group")

@@ -119,6 +119,13 @@ def new_data(model):
     return lambda: setattr(model.proj_out.weight, "data", old)
 
 
+def data_laid_out_anew(model):
+    square = (p for p in model.parameters() if type(p.data) is torch.Tensor and p.dim() == 2 and p.shape == p.t().shape)
+    weight = next(square)
+    old, weight.data = weight.data, weight.data.t()
+    return lambda: setattr(weight, "data", old)
+
+
 def new_part(model):
     weight = model.transformer_blocks[1].attn.to_q.weight
     old, weight.qweight = weight.qweight, weight.qweight.clone()
@@ -189,6 +196,7 @@ def dtype(model):
         set_compute,
         new_weight,
         new_data,
+        data_laid_out_anew,
         new_part,
         new_data_of_a_part,
         new_table,

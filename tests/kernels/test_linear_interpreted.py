@@ -41,6 +41,20 @@ def arguments(format, mode, leading, n, k, rank, smooth, dynamic, bias):
     return (x, *(getattr(layer.weight, name) for name in COMPONENTS), layer.bias, mode)
 
 
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_biases_that_lie_apart(tokens, tmp_path):
+    """Every other one of a longer bias, and one value for all."""
+    x, *parts, bias, mode = arguments(Format.NVFP4_SVD, "bf16", (tokens,), 48, 80, 16, True, False, True)
+    biases = [bias.detach().repeat_interleave(2)[::2], bias.detach()[:1].expand(48)]
+    cases = [(x, *(a.detach() for a in parts), each, mode) for each in biases]
+    results = run_script(APPLY, [("linear_cuda", args) for args in cases], tmp_path, "cpu", "8")
+    for args, actual in zip(cases, results, strict=True):
+        assert not args[-2].is_contiguous()
+        together = linear_reference(*args[:-2], args[-2].contiguous(), mode)
+        oracle = linear_reference(reference.smooth(x, parts[4]).double(), *args[1:5], None, *args[6:])
+        assert_within_budget(actual, oracle, low_precision=together)
+
+
 # With tensor descriptors, and without.
 @pytest.mark.parametrize("major", [8, 9])
 def test_within_the_budget(major, tmp_path):

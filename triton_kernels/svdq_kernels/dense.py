@@ -487,7 +487,7 @@ def finish_arguments(scale_a, scale_b, partials, lora_up, bias) -> dict[str, obj
         "scale_b_ptr": scale_b,
         "partials_ptr": partials,
         "up_ptr": lora_up.contiguous() if rank else None,
-        "bias_ptr": bias,
+        "bias_ptr": None if bias is None else bias.contiguous(),
         "PER_TOKEN": scale_a is not None and scale_a.numel() != 1,
         "R": rank,
         "SPLITS": partials.shape[0] if rank else 1,

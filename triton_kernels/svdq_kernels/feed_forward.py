@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dense
+from . import dense, scratch
 from .activation import check_scales, padded_rank
 from .dense import column_parts, dense_tile, late, tile_origin
 from .operand import smooth
@@ -275,7 +275,7 @@ def multiply_gelu_quantize(
     slices = torch.empty(columns, m, next_rank, dtype=dtype, device=x_q.device) if next_rank else None
     if operand.numel():
         with torch.cuda.device_of(x_q):
-            triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=x_q.device))
+            scratch.provide()
             _gelu_quantize_kernel[(min(columns * rows, dense.multiprocessors(x_q.device)),)](
                 x_q,
                 w_q,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dense
+from . import dense, scratch
 from .dense import column_parts, dense_tile, next_tile, tile_origin
 
 
@@ -354,7 +354,7 @@ def multiply_heads(first: dict[str, object], second: dict[str, object], out: lis
     config = configuration(max(rows), n, head_dim, capability)
     tiles = sum(3 * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]) for m in rows)
     with torch.cuda.device_of(out[0]):
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        scratch.provide()
         _heads_kernel[(min(tiles, dense.multiprocessors(device)),)](
             **both(*streams),
             q_ptr=out[0],

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dense
+from . import dense, scratch
 from .dense import column_parts, dense_tile, next_tile, tile_origin
 
 
@@ -80,43 +80,44 @@ def residual_tiles(
     Returns:
         The program's next tile, counted from the next stream's first.
     """
-    if TMA:
-        x = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-        w = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(start, tiles, tl.num_programs(0), num_stages=1):
-        origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = dense_tile(
-            x,
-            w,
-            scale_a_ptr,
-            scale_b_ptr,
-            partials_ptr,
-            up_ptr,
-            bias_ptr,
-            origin_m,
-            origin_n,
-            M,
-            N,
-            K,
-            K,
-            K,
-            PER_TOKEN,
-            FACTOR_A,
-            FACTOR_B,
-            R,
-            SPLITS,
-            CHUNK,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            TMA,
-        )
-        offs_m = origin_m + tl.arange(0, BLOCK_M)
-        parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
-        for i in tl.static_range(PARTS):
-            offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-            add_to_residual(parts[i], residual_ptr, gate_ptr, out_ptr, offs_m, offs_n, M, N, stride_gate, tokens)
+    # A program makes descriptors only of what it has tiles of.
+    if start < tiles:
+        x_rows = tl.make_tensor_descriptor(x, [M, K], [K, 1], [BLOCK_M, BLOCK_K]) if TMA else x
+        w_rows = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BLOCK_N, BLOCK_K]) if TMA else w
+        for tile in tl.range(start, tiles, tl.num_programs(0), num_stages=1):
+            origin_m, origin_n = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            acc = dense_tile(
+                x_rows,
+                w_rows,
+                scale_a_ptr,
+                scale_b_ptr,
+                partials_ptr,
+                up_ptr,
+                bias_ptr,
+                origin_m,
+                origin_n,
+                M,
+                N,
+                K,
+                K,
+                K,
+                PER_TOKEN,
+                FACTOR_A,
+                FACTOR_B,
+                R,
+                SPLITS,
+                CHUNK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                TMA,
+            )
+            offs_m = origin_m + tl.arange(0, BLOCK_M)
+            parts = column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+            for i in tl.static_range(PARTS):
+                offs_n = origin_n + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+                add_to_residual(parts[i], residual_ptr, gate_ptr, out_ptr, offs_m, offs_n, M, N, stride_gate, tokens)
     return next_tile(start, tiles)
 
 
@@ -306,7 +307,7 @@ def multiply_residual(
     tiles = sum(triton.cdiv(each.shape[0], config["BLOCK_M"]) for each in x_q) * triton.cdiv(n, config["BLOCK_N"])
     own = [_arguments(*each) for each in zip(streams, factor_a, factor_b, outs, strict=True)]
     with torch.cuda.device_of(x_q[0]):
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        scratch.provide()
         _residual_kernel[(min(tiles, dense.multiprocessors(device)),)](
             N=n, TMA=dense.uses_tma(capability), **numbered(own), **config
         )
