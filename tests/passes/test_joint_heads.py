@@ -284,6 +284,17 @@ def test_other_spellings(options, dynamic):
     assert recorder.count(linear_group) == recorder.count(torch.rsqrt) == 0
 
 
+@pytest.mark.usefixtures("on_an_h100")
+def test_sequences_that_are_split_behind_the_linears_are_left():
+    """As a custom attention processor may."""
+    image, text = torch.randn(1, 24, 64).bfloat16(), torch.randn(1, 18, 48).bfloat16()
+    _, _, *tables = attention_inputs(text=9, image=12)
+    module = Attention(heads=lambda y: y.reshape(2, -1, HEADS, HEAD_DIM))
+    recorder = rewritten(module, (text, image, *tables))
+    assert recorder.report.matched == ()
+    assert set(recorder.reasons) == {"the group's sequences are other ones than attention's"}
+
+
 def written(x, streams):
     x += 1
     return (x,)
