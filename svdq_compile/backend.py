@@ -39,6 +39,9 @@ def svdq(
         mode: as in ``torch.compile``.
         options: ours (:class:`svdq_compile.options.Options`) and any of Inductor's.
 
+    Returns:
+        What computes the graph.
+
     Raises:
         OptionError: an unknown mode or option.
         FingerprintError: a quantised weight that does not look like its fingerprint.

@@ -110,6 +110,9 @@ def explain(model: nn.Module) -> Explanation:
 
     Args:
         model: the model, or what ``torch.compile(model)`` returned.
+
+    Returns:
+        Every linear with what computes it, which of them share, and the graph passes; ``str()`` is a table.
     """
     linears = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, nn.Linear)}
     weights = {name: m.weight for name, m in linears.items() if isinstance(m.weight, SVDQWeight)}

@@ -93,6 +93,9 @@ def inspect(path: str | os.PathLike[str], *, revision: str | None = None) -> Ins
         path: transformer folder, pipeline folder, ``.safetensors`` file or Hub id.
         revision: Hub branch, tag or commit.
 
+    Returns:
+        Every tensor, sorted into quantised linears and dense tensors; ``str()`` is a table.
+
     Raises:
         CheckpointError: the files contradict each other or cannot be read.
     """

@@ -127,6 +127,9 @@ def verify(
             :func:`random_inputs` makes some, :class:`svdq_compile.DenoisingRun` keeps those of a denoising run.
         layers: glob of the linears to compare.
 
+    Returns:
+        Error and SQNR of each linear that ran and of the whole model, and the bytes of both; ``str()`` is a table.
+
     Raises:
         UnknownLinearError: one of the models has a linear the other has not.
         ShapeError: a linear has another size in the other model.

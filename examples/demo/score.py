@@ -1,4 +1,7 @@
-"""Score a demo pipeline: how often its pictures show the digit and the colour that the prompt asked for."""
+"""Score a demo pipeline: how often its pictures show the digit and the colour that the prompt asked for.
+
+Needs scikit-learn: `pip install '.[train]'`.
+"""
 
 import argparse
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 The result is a folder that `diffusers.QwenImagePipeline.from_pretrained` loads. With `--compile`,
 an H100 needs about five minutes; `score.py` draws with the result and checks what it drew.
+Needs scikit-learn: `pip install '.[train]'`.
 """
 
 import argparse

@@ -57,6 +57,12 @@ def open_source(path: str | os.PathLike[str], *, revision: str | None = None) ->
     return Source(folder, config, headers)
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is not there may be a Hub id, ``owner/name``."""
+    owner, _, name = path.partition("/")
+    return bool(owner and name) and not {"/", ":"} & set(owner + name) and not owner.startswith((".", "~"))
+
+
 def read_json(file: Path, error: type[CheckpointError] = ConfigError) -> dict:
     """A JSON object from a file, or an error of the given class that names it."""
     if not _is_file(file):
@@ -90,7 +96,9 @@ def _locate(path: str | os.PathLike[str], revision: str | None) -> tuple[Path, P
     local = Path(path)
     if _is_file(local):
         if local.suffix != ".safetensors":
-            raise UnsafeFileError("not a safetensors file", file=local)
+            other = f"give a .safetensors file, or the folder that holds it and {CONFIG_NAME}"
+            hint = "" if local.suffix in PICKLE_SUFFIXES else other
+            raise UnsafeFileError("not a safetensors file", file=local, hint=hint)
         return local.parent, local
     if not _is_dir(local):
         local = _download(os.fspath(path), revision)
@@ -101,8 +109,7 @@ def _locate(path: str | os.PathLike[str], revision: str | None) -> tuple[Path, P
 
 def _download(repo: str, revision: str | None) -> Path:
     """A Hub repository's transformer files in the local cache."""
-    owner, _, name = repo.partition("/")
-    if not owner or not name or "/" in name or owner.startswith((".", "~")):
+    if not is_hub_id(repo):
         raise CheckpointNotFoundError("no such file or folder, and not a Hub id", file=repo)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

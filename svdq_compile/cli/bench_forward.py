@@ -11,7 +11,7 @@ import dataclasses
 from ..bench.forward_plan import MODELS, NO_PEERS, PEERS, SIZES, ForwardPlan, parse_size
 from ..bench.plan import MODES, listed, one_of
 from ..spec import STORAGES
-from .common import add_device, pick_device, positive, rank
+from .common import add_device, pick_device, positive, zero_or_more
 
 PLAIN = ("batch", "text", "model", "blocks", "rank", "attention", "whole", "dynamic", "capture", "lora_cost", "ablate")
 PLAIN += ("compile_time", "repeats", "kernels", "csv", "chart")
@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--modes", type=listed(one_of(MODES)), default=MODES, metavar="MODE,...", help=f"({','.join(MODES)})")
     add("--storage", type=listed(one_of(STORAGES)), default=STORAGES, metavar="STORAGE,...", help="(packed,expanded)")
     add("--peers", type=listed(one_of(peers)), default=PEERS, metavar="PEER,...", help=f"({','.join(PEERS)}), or none")
-    add("--rank", type=rank, default=plan.rank, metavar="R", help=f"low-rank columns, 0 for none ({plan.rank})")
+    add("--rank", type=zero_or_more, default=plan.rank, metavar="R", help=f"low-rank columns, 0 for none ({plan.rank})")
     add("--attention", metavar="NAME", help="diffusers' attention backend for all (_native_cudnn on a GPU)")
     add("--whole", action="store_true", help="compile the model as a whole instead of block by block")
     add("--dynamic", action="store_true", help="sizes share compiled code instead of being compiled each for itself")
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--ablate", action="store_true", help="measure ours with each graph pass switched off as well")
     add("--compile-time", action="store_true", help="measure compilation in processes of their own as well")
     add("--repeats", type=positive, default=plan.repeats, metavar="N", help=f"timed forwards ({plan.repeats})")
-    add("--kernels", type=positive, default=0, metavar="N", help="list so many kernels of each contender by time")
+    add("--kernels", type=zero_or_more, default=0, metavar="N", help="list so many kernels of each by time (0)")
     add("--csv", metavar="FILE", help="also write every measurement there")
     add("--chart", metavar="FILE", help="also draw a PNG there")
     add_device(parser)

@@ -9,8 +9,9 @@ import argparse
 import dataclasses
 
 from ..bench.plan import FLUSHES, MODES, SHAPES, TOKENS, Plan, listed, one_of, parse_shape
+from ..errors import OptionError
 from ..spec import STORAGES
-from .common import add_device, pick_device, positive, rank
+from .common import add_device, pick_device, positive, zero_or_more
 
 PARTS_TOKENS = (4096, 6889)
 
@@ -24,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--tokens", type=listed(positive), metavar="M,...", help=f"rows of the activation ({_numbers(TOKENS)})")
     add("--modes", type=listed(one_of(MODES)), metavar="MODE,...", help=f"compute modes ({','.join(MODES)})")
     add("--storage", type=listed(one_of(STORAGES)), metavar="STORAGE,...", help=f"weights ({','.join(STORAGES)})")
-    add("--rank", type=rank, default=Plan.rank, metavar="R", help=f"low-rank columns, 0 for none ({Plan.rank})")
+    add("--rank", type=zero_or_more, default=Plan.rank, metavar="R", help=f"low-rank columns, 0 for none ({Plan.rank})")
     add("--dynamic", action="store_true", help="activation scales per token, not calibrated ones")
     add("--repeats", type=positive, default=Plan.rounds, metavar="N", help=f"turns of each candidate ({Plan.rounds})")
     add("--flush", choices=FLUSHES, default=Plan.flush, help="how the L2 cache is emptied (read)")
@@ -34,10 +35,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints."""
+    """Measures and prints.
+
+    Raises:
+        OptionError: there is no GPU, and the CPU was not asked for.
+    """
     from ..bench.session import run as measure
 
-    return measure(make_plan(args), pick_device(args.device))
+    device = pick_device(args.device)
+    if args.device is None and device.type == "cpu":
+        raise OptionError(
+            "no GPU that torch can use (see svdq-compile env); "
+            "to try the command anyway: --device cpu --shapes 64x64 --tokens 16"
+        )
+    return measure(make_plan(args), device)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

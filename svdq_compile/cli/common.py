@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -61,6 +62,28 @@ def short_name(checkpoint: str) -> str:
     return path.parent.name if path.name == SUBFOLDER and path.parent.name else path.name
 
 
+def is_png(path: str) -> bool:
+    """Whether a path names a PNG file, by its suffix."""
+    return Path(path).suffix.lower() == ".png"
+
+
+def complete_options(args: argparse.Namespace, defaults: Mapping[str, object], refusal: str | None) -> None:
+    """Gives options that are not given their values.
+
+    Args:
+        args: the command line, whose parser leaves out what is not given (``argparse.SUPPRESS``).
+        defaults: name -> value of each of the options.
+        refusal: says why they would do nothing, after the name of one that is given; None if they would not.
+
+    Raises:
+        OptionError: one is given and would do nothing.
+    """
+    given = [name for name in defaults if hasattr(args, name)]
+    if given and refusal is not None:
+        raise OptionError(f"--{given[0].replace('_', '-')} {refusal}")
+    vars(args).update({name: value for name, value in defaults.items() if name not in given})
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the GPU if there is one, else the CPU.
 
@@ -78,16 +101,25 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number above zero."""
+    """An argparse type: a whole number, one or more."""
+    return _at_least(1, text)
+
+
+def zero_or_more(text: str) -> int:
+    """An argparse type: a whole number, zero or more."""
+    return _at_least(0, text)
+
+
+def whole(text: str) -> int:
+    """An argparse type: a whole number."""
     try:
-        value = int(text)
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+
+
+def _at_least(least: int, text: str) -> int:
+    value = whole(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
     return value
-
-
-def rank(text: str) -> int:
-    """An argparse type: columns of a low-rank pair, zero or more."""
-    return 0 if text == "0" else positive(text)

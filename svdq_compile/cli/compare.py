@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoint.source import is_hub_id
 from ..errors import OptionError
 from ..ops.modes import COMPUTE_MODES
-from .common import pick_device, short_name
+from .common import is_png, pick_device, short_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,7 +47,8 @@ def compare(
         prepare: sets up a pipeline's transformer as the options say.
 
     Raises:
-        OptionError: a mode without a checkpoint, or the pipeline's own transformer is quantised.
+        OptionError: a mode without a checkpoint, what is neither a mode nor a checkpoint, or the pipeline's own
+            transformer is quantised.
         CheckpointError: the pipeline or a checkpoint cannot be used.
         StorageError: the storage has not what a compute mode needs.
     """
@@ -79,7 +81,7 @@ def compare(
     if run.lpips_missing:
         print(f"LPIPS: {run.lpips_missing}")
     output = Path(options.output)
-    file = output if output.suffix.lower() == ".png" else output / SHEET
+    file = output if is_png(options.output) else output / SHEET
     file.parent.mkdir(parents=True, exist_ok=True)
     compared_sheet(run, drawn).save(file)
     print(f"contact sheet: {file}")
@@ -90,10 +92,16 @@ def resolve(options: argparse.Namespace) -> list[Candidate]:
     """The candidates with everything named.
 
     Raises:
-        OptionError: a mode without a checkpoint.
+        OptionError: a mode without a checkpoint, or what is neither a mode nor a checkpoint.
     """
     found = []
     for checkpoint, compute in options.compare:
+        if checkpoint is not None and not (is_hub_id(checkpoint) or (checkpoint and Path(checkpoint).exists())):
+            item = checkpoint if compute is None else f"{checkpoint}:{compute}"
+            raise OptionError(
+                f"--compare {item}: neither a compute mode ({', '.join(COMPUTE_MODES)}) nor a checkpoint "
+                "(a file, a folder or a Hub id, and :MODE after it if need be)"
+            )
         if checkpoint is None and options.transformer is None:
             raise OptionError(f"--compare {compute} is a mode of --transformer, which is not given")
         found.append(Candidate(checkpoint or options.transformer, compute or options.compute))

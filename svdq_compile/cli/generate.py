@@ -17,7 +17,7 @@ from ..bench.plan import listed
 from ..errors import OptionError
 from ..ops.modes import COMPUTE_MODES
 from ..spec import STORAGES
-from .common import DTYPES, add_device, pick_device, positive
+from .common import DTYPES, add_device, is_png, pick_device, positive
 from .compare import SHEET, compare, parse_candidate
 from .config import read_config
 
@@ -51,6 +51,9 @@ DEFAULTS = {
     "output": ".",
 }
 """Values of options that neither the command line nor the YAML file gives."""
+
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""Suffixes of pictures that are not written."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -95,7 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         type=listed(parse_candidate),
-        metavar="[PATH:]MODE,...",
+        metavar="MODE|PATH[:MODE],...",
         help=f"compute modes of --transformer or other checkpoints, next to the pipeline's own; writes {SHEET}",
     )
     add("--output", metavar="PATH", help="folder for SEED.png, or NAME.png; with --count a contact sheet (.)")
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = settings(args)
     check_backend(options)
+    check_output(options.output)
     if options.compare is not None:
         compare(options, plan_of(options), prepare)
         return 0
@@ -182,6 +186,16 @@ def check_backend(options: argparse.Namespace) -> None:
         raise OptionError(f"torch.compile knows no backend {options.backend!r}; {hint}")
 
 
+def check_output(output: str) -> None:
+    """Refuses the name of a picture that is no PNG.
+
+    Raises:
+        OptionError: it has the suffix of another kind of picture.
+    """
+    if Path(output).suffix.lower() in OTHER_PICTURES:
+        raise OptionError(f"--output {output}: pictures are PNG files; give a folder or NAME.png")
+
+
 def prepare(pipe: DiffusionPipeline, options: argparse.Namespace) -> None:
     """Sets the attention backend, marks the transformer for compilation and, last, captures it."""
     if options.attention is not None:
@@ -207,7 +221,7 @@ def draw(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[Path]:
     from ..quality.denoise import picture
 
     plan, output = plan_of(options), Path(options.output)
-    is_file = output.suffix.lower() == ".png"
+    is_file = is_png(options.output)
     (output.parent if is_file else output).mkdir(parents=True, exist_ok=True)
     images, files = [], []
     for prompt, seed in plan.pictures:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.source import CONFIG_NAME, SUBFOLDER, read_json
+from ..checkpoint.manifest import read_manifest
+from ..checkpoint.source import CONFIG_NAME, SUBFOLDER, is_hub_id, read_json
 from ..errors import CheckpointNotFoundError, OptionError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def load_pipeline(
 
     Raises:
         CheckpointError: there is no such pipeline, or a checkpoint cannot be used.
-        OptionError: the pipeline needs more than a prompt.
+        OptionError: the pipeline needs more than a prompt, or has no quantised linear for the mode or the storage.
     """
     from diffusers import DiffusionPipeline
 
@@ -50,6 +51,7 @@ def load_pipeline(
     check_pipeline(model)
     if transformer is None and is_quantised(model):
         transformer = model
+    _check_modes(model, transformer, compute, storage)
     given = {}
     if transformer is not None:
         given["transformer"] = load_transformer(transformer, device, dtype, compute=compute, storage=storage)
@@ -71,7 +73,7 @@ def check_pipeline(model: str) -> None:
             raise CheckpointNotFoundError(
                 "the folder is no pipeline", file=model, needed=PIPELINE_INDEX, hint="give a pipeline folder"
             )
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+    elif not is_hub_id(model):
         raise CheckpointNotFoundError(
             "no such folder, and not a Hub id", file=model, hint="give a pipeline folder or a Hub id"
         )
@@ -102,6 +104,18 @@ def pipeline_folder(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     return Path(_fetch(model, lambda: DiffusionPipeline.download(model)))
+
+
+def _check_modes(model: str, transformer: str | None, compute: str, storage: str) -> None:
+    """Refuses a compute mode or a storage where no quantised linear would have it."""
+    asked = [("compute", compute)] if compute != "auto" else []
+    asked += [("storage", storage)] if storage != "packed" else []
+    if asked and (transformer is None or not read_manifest(transformer).linears):
+        option, value = asked[0]
+        raise OptionError(
+            f"--{option} {value} is for quantised linears, and {transformer or model} has none: "
+            "give a quantised checkpoint with --transformer"
+        )
 
 
 def _fetch(model: str, load: Callable[[], Any]) -> Any:

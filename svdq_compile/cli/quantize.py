@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.source import SUBFOLDER
 from ..errors import OptionError, QuantizeError
 from ..spec import Format
-from .common import DTYPES, add_device, pick_device, positive
+from .common import DTYPES, add_device, complete_options, pick_device, positive
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,7 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--format", choices=[str(format) for format in FORMATS], default="nvfp4_svd", help="(nvfp4_svd)")
     add("--rank", type=positive, help=f"rank of the low-rank branch ({RANK})")
     add("--blocks-kept", type=int, default=2, metavar="N", help="unquantised blocks at each end (2)")
-    add("--all-svd", action="store_true", help="a low-rank branch for text and modulation linears too")
+    everything = "a low-rank branch for text and modulation linears too, with --prompts; --data-free always does so"
+    add("--all-svd", action="store_true", help=everything)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--prompts", metavar="FILE", help="calibration prompts, one a line")
     data.add_argument("--data-free", action="store_true", help="nvfp4 or nvfp4_svd without calibration")
@@ -105,13 +106,15 @@ def complete(args: argparse.Namespace) -> None:
     """Gives the rank and the options of the calibration that are not given their values.
 
     Raises:
-        OptionError: one is given and there is no calibration.
+        OptionError: one is given, or ``--all-svd``, and there is no calibration.
     """
-    given = [name for name in CALIBRATION if hasattr(args, name)]
-    if args.data_free and given:
-        option = given[0].replace("_", "-")
-        raise OptionError(f"--{option} is for calibration with --prompts, not for --data-free")
-    vars(args).update({name: value for name, value in CALIBRATION.items() if name not in given})
+    if args.data_free and args.all_svd:
+        raise OptionError(
+            "--all-svd is for calibration with --prompts; --data-free gives every linear of the quantised blocks "
+            "a low-rank branch: leave --all-svd out"
+        )
+    refusal = "is for calibration with --prompts, not for --data-free" if args.data_free else None
+    complete_options(args, CALIBRATION, refusal)
     args.rank = args.rank or RANK
 
 

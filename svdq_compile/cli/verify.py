@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..bench.plan import listed, one_of
 from ..errors import OptionError, StorageError
 from ..ops.modes import COMPUTE_MODES
-from .common import COMPUTE_HELP, add_device, add_json, add_storage, pick_device, positive, short_name, show
+from .common import (
+    COMPUTE_HELP,
+    add_device,
+    add_json,
+    add_storage,
+    complete_options,
+    is_png,
+    pick_device,
+    positive,
+    short_name,
+    show,
+    whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +38,22 @@ if TYPE_CHECKING:
 
 KEPT_STEPS = 4
 """Denoising steps of each picture whose inputs the linears are compared on."""
+
+DRAWING = {
+    "model": None,
+    "prompt": None,
+    "prompts": None,
+    "negative_prompt": " ",
+    "steps": 50,
+    "width": None,
+    "height": None,
+    "cfg": 4.0,
+    "sheet": None,
+}
+"""Options that say what to draw, and their values where they are not given."""
+
+RANDOM = {"tokens": 64}
+"""Options of random inputs, likewise."""
 
 
 class Candidate(NamedTuple):
@@ -48,19 +76,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     modes = listed(one_of(COMPUTE_MODES))
     add("--compute", type=modes, default=("auto",), metavar="MODE,...", help=COMPUTE_HELP)
     add_storage(parser)
-    add("--tokens", type=positive, default=64, help="image tokens of random inputs, and text tokens (64)")
-    add("--seed", type=listed(_whole), default=(0,), metavar="S,...", help="of random inputs (the first), pictures (0)")
-    drawing = parser.add_argument_group("pictures")
+    tokens = {"type": positive, "default": argparse.SUPPRESS}
+    add("--tokens", **tokens, help="image tokens of random inputs, and text tokens (64)")
+    add("--seed", type=listed(whole), default=(0,), metavar="S,...", help="of random inputs (the first), pictures (0)")
+    drawing = parser.add_argument_group("pictures", argument_default=argparse.SUPPRESS)
     add = drawing.add_argument
-    add("--denoise", action="store_true", help="draw every prompt with every seed; inputs are those of this run")
+    denoising = "draw every prompt with every seed; inputs are those of this run"
+    add("--denoise", action="store_true", default=False, help=denoising)
     add("--model", metavar="PATH", help="pipeline to draw with (--against)")
     add("--prompt", action="append", metavar="TEXT", help="what to show; may be given again")
     add("--prompts", metavar="FILE", help="more of them, one a line")
-    add("--negative-prompt", default=" ", metavar="TEXT", help="what to avoid (one space)")
-    add("--steps", type=positive, default=50, help="denoising steps (50)")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid (one space)")
+    add("--steps", type=positive, help="denoising steps (50)")
     add("--width", type=positive, help="pixels (the pipeline's own)")
     add("--height", type=positive, help="pixels (the pipeline's own)")
-    add("--cfg", type=float, default=4.0, metavar="SCALE", help="true_cfg_scale (4.0)")
+    add("--cfg", type=float, metavar="SCALE", help="true_cfg_scale (4.0)")
     add("--sheet", metavar="FILE.png", help="also write a contact sheet")
     add_device(parser)
     parser.add_argument("--brief", action="store_true", help="leave out the linears, keep their summaries")
@@ -76,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: a model cannot be read, or the two do not fit.
         StorageError: the storage has not what the only compute mode needs.
     """
+    complete(args)
     prompts = chosen_prompts(args)
     from ..model.load import load_transformer
     from ..quality.report import Comparison, Report
@@ -103,18 +134,25 @@ def run(args: argparse.Namespace) -> int:
     return show(Report(phrase, tuple(comparisons), tuple(skipped), brief=args.brief, **more), args.json)
 
 
+def complete(args: argparse.Namespace) -> None:
+    """Gives the options of pictures and of random inputs that are not given their values.
+
+    Raises:
+        OptionError: one of pictures is given without ``--denoise``, or one of random inputs with it.
+    """
+    complete_options(args, DRAWING, None if args.denoise else "is for --denoise, which is not given")
+    complete_options(args, RANDOM, "is for random inputs, not for --denoise" if args.denoise else None)
+
+
 def chosen_prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompts of the command line and of the file; none without ``--denoise``.
 
     Raises:
-        OptionError: a denoising run without prompts, an option of one without ``--denoise``, or a sheet that is no PNG.
+        OptionError: a denoising run without prompts, or a sheet that is no PNG.
     """
     if not args.denoise:
-        for name in ("model", "prompt", "prompts", "sheet"):
-            if getattr(args, name) is not None:
-                raise OptionError(f"--{name} is for --denoise, which is not given")
         return ()
-    if args.sheet is not None and Path(args.sheet).suffix.lower() != ".png":
+    if args.sheet is not None and not is_png(args.sheet):
         raise OptionError(f"--sheet {args.sheet} is no PNG file")
     prompts = tuple(args.prompt or ())
     if args.prompts is not None:
@@ -174,10 +212,3 @@ def refusal(model: nn.Module, compute: str) -> StorageError | None:
     except StorageError as error:
         return error
     return None
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None

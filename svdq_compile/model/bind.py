@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.manifest import Linear, Manifest
 from ..errors import LeftoverKeyError, MissingKeyError, ModelError, ShapeError, UnknownLinearError
+from ..ops.modes import check_compute
 from ..ops.storage import check_storage, expand, storage_of, stored_spec
 from ..ops.weight import Fingerprint, SVDQWeight
 
@@ -129,9 +130,10 @@ def check_modes(manifest: Manifest, compute: str, storage: str) -> None:
     """Refuses, before a tensor is read, modes that a checkpoint's weights cannot have.
 
     Raises:
+        OptionError: no such compute mode.
         StorageError: no such storage, or one that has not what the compute mode needs.
-        ValueError: no such compute mode.
     """
+    check_compute(compute)
     check_storage(storage)
     for linear in manifest.linears.values():
         Fingerprint(stored_spec(linear.spec, storage), compute)

@@ -14,6 +14,7 @@ from ..checkpoint.manifest import Manifest, read_manifest
 from ..checkpoint.tensors import stream
 from ..dtypes import TORCH_DTYPES
 from ..errors import OptionError
+from ..ops.modes import check_compute
 from ..ops.weight import SVDQWeight
 from .bind import Entry, Slot, check_fit, check_modes, new_parameters, slots_of, unwrap
 from .build import build_model
@@ -51,6 +52,9 @@ def load_checkpoint(
         device: where the tensors go.
         revision: Hub branch, tag or commit.
 
+    Returns:
+        What the files hold, with every tensor in memory.
+
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`.
     """
@@ -84,8 +88,9 @@ def load_transformer(
             ``modelopt`` (ModelOpt's own simulation); see :mod:`svdq_compile.ops.modes`.
         storage: ``packed`` (as the files have it) or ``expanded`` (NVFP4 weights as FP8, for ``fp8`` and ``bf16``,
             but for linears that see one vector per picture).
-        quantize: for an unquantised checkpoint: ``nvfp4`` or ``nvfp4_svd`` quantises its linears while they load,
-            without data: no smoothing, activation scale per token.
+        quantize: for an unquantised checkpoint: ``nvfp4`` or ``nvfp4_svd`` quantises the linears of its blocks while
+            they load, without data: no smoothing, activation scale per token. With ``nvfp4_svd`` every linear of the
+            quantised blocks gets a low-rank branch, those of the text and of the modulations too.
         rank: rank of the low-rank branch with ``quantize="nvfp4_svd"``.
         blocks_kept: blocks at each end that ``quantize`` leaves alone.
         revision: Hub branch, tag or commit.
@@ -95,7 +100,7 @@ def load_transformer(
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; nothing is loaded then.
-        OptionError: ``dtype`` is none that models compute in.
+        OptionError: ``dtype`` is none that models compute in, or no such compute mode.
         QuantizeError: ``quantize`` with a checkpoint that is quantised already.
         StorageError: no such storage, or ``expanded`` with a compute mode that needs the 4-bit codes.
     """
@@ -111,6 +116,8 @@ def load_transformer(
         recipe = Recipe(quantize, rank=rank, blocks_kept=blocks_kept)
         manifest, entries = quantize_entries(model, manifest, entries, recipe)
     elif not manifest.linears and (compute, storage) != ("auto", "packed"):
+        # An unknown one is not merely one that does nothing.
+        check_modes(manifest, compute, storage)
         log.warning(
             "%s has no quantised linear: compute=%r and storage=%r do nothing; quantize='nvfp4_svd' makes some",
             manifest.folder,
@@ -147,6 +154,7 @@ def load_into(
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`.
+        OptionError: no such compute mode.
         StorageError: as for :func:`load_transformer`.
     """
     inner = unwrap(model)
@@ -190,7 +198,7 @@ def read_parameters(
         quiet: no progress bar, for a checkpoint that is in memory; the others are those of :func:`new_parameters`.
 
     Raises:
-        StorageError, ValueError: see :func:`check_modes`.
+        OptionError, StorageError: see :func:`check_modes`.
     """
     check_modes(manifest, compute, storage)
     made, nbytes = [], 0
@@ -247,14 +255,19 @@ def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def set_compute(model: nn.Module, compute: str) -> nn.Module:
     """Switches every quantised linear to a compute mode (:mod:`svdq_compile.ops.modes`); stored tensors are shared.
 
+    Args:
+        model: the model, or what ``torch.compile(model)`` returned.
+        compute: as for :func:`load_transformer`.
+
     Returns:
         The same model.
 
     Raises:
-        ValueError: no such mode; the model is as it was.
+        OptionError: no such mode; the model is as it was.
         StorageError: a weight of the model has given up what the mode needs; the model is as it was.
     """
     linears = quantised_linears(model).values()
+    check_compute(compute)
     if not linears:
         log.warning("%s has no quantised linear: compute=%r does nothing", type(unwrap(model)).__name__, compute)
     weights = [module.weight.with_compute(compute) for module in linears]

@@ -51,6 +51,7 @@ def patch(
 
     Raises:
         CheckpointError: see :mod:`svdq_compile.errors`; the model is untouched.
+        OptionError: no such compute mode.
         StorageError: no such storage, or ``expanded`` with a compute mode that needs the 4-bit codes.
     """
     inner = unwrap(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import OptionError
 from ..spec import Format
 
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ FP8_MIN_TOKENS = 17
 A linear of so few tokens is a weight read; a packed weight is then multiplied in 16 bits as it is unpacked, and
 rounding it to e4m3 gains nothing.
 """
+
+
+def check_compute(compute: str) -> None:
+    """Refuses what is no compute mode.
+
+    Raises:
+        OptionError: it is none of :data:`COMPUTE_MODES`.
+    """
+    if compute not in COMPUTE_MODES:
+        raise OptionError(f"compute={compute!r}: choose one of {', '.join(COMPUTE_MODES)}")
 
 
 def resolve(compute: str, format: Format, device: torch.device) -> str:

@@ -41,7 +41,7 @@ class Fingerprint:
             Set by :func:`svdq_compile.model.share.mark_shared`, and lost by whatever could make it untrue.
 
     Raises:
-        ValueError: an unknown compute mode.
+        OptionError: an unknown compute mode.
         StorageError: a mode that needs the 4-bit codes, for an FP8_SVD weight.
     """
 
@@ -50,8 +50,7 @@ class Fingerprint:
     share: str = ""
 
     def __post_init__(self) -> None:
-        if self.compute not in modes.COMPUTE_MODES:
-            raise ValueError(f"compute={self.compute!r}: choose one of {', '.join(modes.COMPUTE_MODES)}")
+        modes.check_compute(self.compute)
         if self.spec.format is Format.FP8_SVD and self.compute in modes.NEEDS_CODES:
             raise StorageError(
                 f"compute={self.compute!r} needs the 4-bit codes, which a {self.spec.describe()} weight has given up"
@@ -154,7 +153,7 @@ class SVDQWeight(torch.Tensor):
         return modes.resolve(compute, spec.format, self.device) if spec.format is Format.FP8_SVD else compute
 
     def with_compute(self, compute: str) -> SVDQWeight:
-        """The same tensors under another compute mode; ValueError if there is no such mode for them."""
+        """The same tensors under another compute mode; OptionError or StorageError if they cannot have it."""
         return SVDQWeight(self.parts(), dataclasses.replace(self.fingerprint, compute=compute), self.dtype)
 
     def with_share(self, share: str) -> SVDQWeight:

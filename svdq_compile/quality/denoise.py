@@ -161,6 +161,9 @@ class DenoisingRun:
         Args:
             transformer: takes the pipeline's own place for the length of the call; on the same device.
             name: for tables and sheets.
+
+        Returns:
+            Its pictures, with PSNR, SSIM and LPIPS of each against the reference's.
         """
         start = time.perf_counter()
         with _lent(self._pipe, transformer):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..model.bind import unwrap
 from ..model.load import device_of, load_transformer
+from ..ops.modes import check_compute
 from .modelopt import export
 from .recipes import TEXT_AND_MODULATION, Recipe
 
@@ -56,10 +57,12 @@ def quantize(
         A new model with the checkpoint's weights, on the model's device.
 
     Raises:
+        OptionError: no such compute mode.
         QuantizeError: the model cannot be quantised as asked or is quantised already, or ``forward_loop`` does not
             run the model it is given.
         MissingPackageError: ModelOpt or onnx is not installed.
     """
+    check_compute(compute)
     inner = unwrap(model)
     recipe = Recipe(format, rank, blocks_kept, skip)
     with tempfile.TemporaryDirectory() as scratch:

@@ -156,6 +156,7 @@ def compare_exports(argv: Sequence[str]) -> None:
     from ..verification import verify as compare
 
     args = cli._parser().parse_args(["verify", *argv])
+    verify.complete(args)
     run, dense = verify.denoise(args, verify.chosen_prompts(args), torch.device("cpu"))
     exact = load_transformer(args.paths[0], dtype=dense.dtype, compute="bf16")
     names = {name for name, layer in quantised_linears(exact).items() if has_branch(layer.weight)}

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import svdq_compile
-from svdq_compile.checkpoint.source import INDEX_NAME, WEIGHTS_NAME, open_source
+from svdq_compile.checkpoint.source import INDEX_NAME, WEIGHTS_NAME, is_hub_id, open_source
 from svdq_compile.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -56,7 +56,35 @@ def test_pickle_is_refused_even_when_named(checkpoint, load_error):
     pickle = checkpoint / "model.bin"
     (checkpoint / WEIGHTS_NAME).rename(pickle)
     assert load_error(checkpoint, UnsafeFileError).found == ["model.bin"]
-    assert load_error(pickle, UnsafeFileError).file == str(pickle)
+    error = load_error(pickle, UnsafeFileError)
+    assert error.file == str(pickle)
+    assert "pickle can run code" in error.hint
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "weights"])
+def test_another_file_than_the_weights(checkpoint, load_error, name):
+    (checkpoint / name).touch()
+    hint = load_error(checkpoint / name, UnsafeFileError).hint
+    assert hint == "give a .safetensors file, or the folder that holds it and config.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "may_be"),
+    [
+        ("owner/name", True),
+        ("owner/name.v2-x_y", True),
+        ("name", False),
+        ("owner/", False),
+        ("/name", False),
+        ("./name", False),
+        ("~/name", False),
+        ("a/b/c", False),
+        ("owner/name:fp4", False),
+        ("", False),
+    ],
+)
+def test_hub_ids(path, may_be):
+    assert is_hub_id(path) == may_be
 
 
 @pytest.mark.parametrize("outside", ["../{}", "{}/../{}", "sub/{}", "./{}"])

@@ -40,6 +40,7 @@ def rows_of(file):
 
 def test_the_default_plan():
     assert plan_of() == plans.ForwardPlan()
+    assert plan_of("--kernels", "0") == plans.ForwardPlan()
 
 
 def test_every_option_reaches_the_plan():
@@ -57,7 +58,15 @@ def test_every_option_reaches_the_plan():
 
 @pytest.mark.parametrize(
     "words",
-    [["--sizes", "100x64"], ["--sizes", "64"], ["--peers", "fp4"], ["--model", "flux"], ["--blocks", "0"], ["linear"]],
+    [
+        ["--sizes", "100x64"],
+        ["--sizes", "64"],
+        ["--peers", "fp4"],
+        ["--model", "flux"],
+        ["--blocks", "0"],
+        ["--kernels", "-1"],
+        ["linear"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage(words):

@@ -76,6 +76,15 @@ def test_a_mode_no_storage_can_have():
         main(["--debug", *TINY, "--modes", "nvfp4", "--storage", "expanded"])
 
 
+def test_the_cpu_must_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "linear"]) == 1
+    error = capsys.readouterr().err
+    assert "no GPU that torch can use (see svdq-compile env)" in error
+    advice = error.split("anyway: ")[1].split()
+    assert main(["bench", "linear", *advice, "--modes", "bf16", "--repeats", "1"]) == 0
+
+
 def test_the_command_measures_and_writes(capsys, tmp_path):
     assert main([*TINY, "--modes", "nvfp4", "--csv", str(tmp_path / "rows.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -101,6 +101,17 @@ def test_a_storage_that_has_not_what_the_mode_needs(quantised, tmp_path, capsys)
     assert "compute='modelopt' needs the 4-bit codes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--compute", "fp8"], ["--storage", "expanded"]], ids=lambda words: words[0])
+def test_what_is_for_quantised_linears_needs_some(quantised, tmp_path, words, capsys):
+    """The model's own transformer counts, unless another is given."""
+    for more, dense in (([str(DEMO)], DEMO), ([str(quantised), "--transformer", str(DEMO)], DEMO)):
+        assert main(["generate", *SMALLEST, "--output", str(tmp_path / "out"), *words, "--model", *more]) == 1
+        message = f"{' '.join(words)} is for quantised linears, and {dense} has none: give a quantised checkpoint"
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    draw(DEMO, tmp_path, *words, "--transformer", str(quantised))
+
+
 def test_a_pipeline_that_needs_a_picture(tmp_path, capsys):
     folder = own_transformer(tmp_path / "pipeline", {"_class_name": "QwenImageImg2ImgPipeline"})
     words = ["--model", str(folder), "--transformer", str(DEMO), *SMALLEST]

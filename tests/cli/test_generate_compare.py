@@ -1,5 +1,6 @@
 """generate --compare: a sheet of checkpoints and compute modes next to the pipeline's own transformer."""
 
+import argparse
 import math
 import shutil
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_refusals(quantised, capsys):
     words = ["--model", quantised, "--transformer", quantised, "--compare", "nvfp4"]
     assert generate(*words) == 1
     assert "--compare needs an unquantised pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("item", ["fp4", "no/such/folder", "no/such/folder:fp8", "./fp8", "owner/name:fp4", ":fp8"])
+def test_what_is_no_mode_and_no_checkpoint_is_refused_early(tmp_path, monkeypatch, item, capsys):
+    """Before the pipeline, which would be refused too, is looked at."""
+    monkeypatch.chdir(tmp_path)
+    assert generate("--model", "nowhere", "--transformer", DEMO, "--compare", f"nvfp4,{item}") == 1
+    error = capsys.readouterr().err
+    assert f"--compare {item}: neither a compute mode (auto, nvfp4, fp8, bf16, modelopt) nor a checkpoint" in error
+
+
+def test_what_may_be_on_the_hub_is_not_refused():
+    asked = [Candidate("owner/name", None), Candidate("owner/name", "fp8")]
+    options = argparse.Namespace(compare=asked, transformer=None, compute="bf16")
+    assert compare.resolve(options) == [Candidate("owner/name", "bf16"), Candidate("owner/name", "fp8")]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def test_abbreviations_are_refused():
             "--backend inductor is for --compile regional or whole, not none",
         ),
         (["--model", "m/m", "--device", "abacus"], "--device abacus: "),
+        (["--model", "m/m", "--output", "o.jpg"], "--output o.jpg: pictures are PNG files; give a folder or NAME.png"),
+        (["--model", "m/m", "--compare", "bf16", "--output", "a/o.TIFF"], "--output a/o.TIFF: pictures are PNG files"),
     ],
 )
 def test_what_cannot_run_is_refused_early(words, message, capsys, tmp_path, monkeypatch):
@@ -155,6 +157,8 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["bf16", "nvfp4", "nvfp4_svd"])
 def test_example_configs(options, name):
+    command = (CONFIGS / f"{name}.yaml").read_text().splitlines()[1]
+    assert command.startswith(f"#   svdq-compile generate examples/configs/{name}.yaml ")
     found = options(CONFIGS / f"{name}.yaml", "--prompt", "p")
     assert (found.model, found.width, found.height) == ("Qwen/Qwen-Image", 1328, 1328)
     assert (found.steps, found.cfg, found.negative_prompt, found.output) == (50, 4.0, " ", f"{name}.png")

@@ -94,6 +94,7 @@ def test_the_loop_runs_every_prompt_through_the_model_it_is_given():
         (["--data-free", "--format", "fp8"], "--data-free makes nvfp4 and nvfp4_svd, not fp8"),
         (["--data-free", "--format", "nvfp4", "--all-svd"], "--all-svd is for --format nvfp4_svd, not nvfp4"),
         (["--data-free", "--format", "nvfp4", "--rank", "16"], "--rank is for --format nvfp4_svd, not nvfp4"),
+        (["--data-free", "--all-svd"], "--data-free gives every linear of the quantised blocks a low-rank branch"),
         (["--data-free"], "the folder is no pipeline"),
         (["--data-free", "--transformer-only"], "no such file"),
         (["--prompts", "none.txt"], "No such file or directory: 'none.txt'"),

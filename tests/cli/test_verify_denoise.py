@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from svdq_compile import load_transformer, save_checkpoint
-from svdq_compile.cli import main
+from svdq_compile.cli import _parser, main, verify
 from svdq_compile.model.resident import resident
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "pipeline"
@@ -90,8 +90,7 @@ def test_a_pipeline_of_its_own(quantised, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", "p"], "--prompt is for --denoise"),
-        (["--sheet", "x.png"], "--sheet is for --denoise"),
+        (["--denoise", "--prompt", "p", "--tokens", "64"], "--tokens is for random inputs, not for --denoise"),
         (["--denoise"], "--denoise needs a prompt"),
         (["--denoise", "--prompt", "p", "--sheet", "x.jpg"], "--sheet x.jpg is no PNG file"),
     ],
@@ -99,6 +98,36 @@ def test_a_pipeline_of_its_own(quantised, tmp_path, capsys):
 def test_what_contradicts_itself_is_refused_early(words, message, capsys):
     assert main(["verify", "nowhere", "--against", "nowhere", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "m"],
+        ["--prompt", "p"],
+        ["--prompts", "p.txt"],
+        ["--negative-prompt", " "],
+        ["--steps", "50"],
+        ["--width", "64"],
+        ["--height", "64"],
+        ["--cfg", "4"],
+        ["--sheet", "x.png"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_options_of_pictures_are_refused_without_them(words, capsys):
+    """Given at all: their defaults too would do nothing."""
+    assert main(["verify", "nowhere", "--against", "nowhere", *words]) == 1
+    assert f"{words[0]} is for --denoise, which is not given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--denoise"]], ids=["random", "denoise"])
+def test_options_and_their_defaults(more):
+    args = _parser().parse_args(["verify", "nowhere", "--against", "nowhere", *more])
+    verify.complete(args)
+    defaults = verify.DRAWING | verify.RANDOM
+    assert {name: getattr(args, name) for name in defaults} == defaults
+    assert args.denoise == bool(more)
 
 
 @pytest.mark.parametrize("words", [["--compute", "fp8,int4"], ["--seed", "one"]])

@@ -1,4 +1,4 @@
-"""Arguments of another kind than is needed: a pipeline for a model, an adapter's layer for a linear, a dtype's name."""
+"""Wrong arguments: a pipeline for a model, an adapter's layer for a linear, a dtype's name, an unknown mode."""
 
 import types
 from pathlib import Path
@@ -9,6 +9,7 @@ from diffusers import QwenImageTransformer2DModel
 
 import svdq_compile
 from svdq_compile.errors import ModelError, OptionError, UnknownLinearError
+from svdq_compile.testing.checkpoints import SMALL
 
 EXPORT = Path(__file__).parents[1] / "data" / "modelopt-two-blocks"
 
@@ -51,3 +52,28 @@ def test_a_layer_an_adapter_wraps():
 def test_a_dtype_no_model_computes_in(dtype):
     with pytest.raises(OptionError, match=r"torch\.bfloat16"):
         svdq_compile.load_transformer(EXPORT, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    QwenImageTransformer2DModel(**SMALL).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["quantised", "dense"])
+def test_an_unknown_compute_mode(dense, kind, caplog):
+    """It is refused whether or not there is a linear to have it, and nothing says that it merely does nothing."""
+    path = EXPORT if kind == "quantised" else dense
+    model = svdq_compile.load_transformer(path)
+    before = [id(parameter) for parameter in model.parameters()]
+    for call in (
+        lambda: svdq_compile.load_transformer(path, compute="fast"),
+        lambda: svdq_compile.load_into(model, path, compute="fast"),
+        lambda: svdq_compile.patch(model, path, compute="fast").__enter__(),
+        lambda: svdq_compile.set_compute(model, "fast"),
+    ):
+        with pytest.raises(OptionError, match="compute='fast': choose one of auto, nvfp4, fp8, bf16, modelopt"):
+            call()
+    assert [id(parameter) for parameter in model.parameters()] == before
+    assert "has no quantised linear" not in caplog.text

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svdq_compile.errors import DenseWeightError, FingerprintError
+from svdq_compile.errors import DenseWeightError, FingerprintError, OptionError
 from svdq_compile.ops.weight import SVDQWeight, take
 from svdq_compile.spec import Format
 from svdq_compile.testing.oracle import assert_bits_equal
@@ -170,7 +170,7 @@ def test_switching_the_compute_mode_shares_the_tensors(layer):
     other = layer.weight.with_compute("bf16")
     assert other.fingerprint.compute == "bf16"
     assert other.qweight.data_ptr() == layer.weight.qweight.data_ptr()
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(OptionError, match="choose one of"):
         layer.weight.with_compute("fastest")
 
 

@@ -48,6 +48,11 @@ def test_an_unknown_format_is_refused(model):
         svdq_compile.quantize(model, calibrate, format="int4")
 
 
+def test_an_unknown_compute_mode_is_refused_before_calibration(model):
+    with pytest.raises(svdq_compile.errors.OptionError, match="fp4"):
+        svdq_compile.quantize(model, lambda model: pytest.fail("calibrated"), compute="fp4")
+
+
 def test_what_is_quantised_already_is_refused(model, tmp_path):
     quantised = svdq_compile.quantize(model, calibrate, format="nvfp4", blocks_kept=1)
     with pytest.raises(QuantizeError, match="is quantised already"):
