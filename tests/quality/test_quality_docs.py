@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from svdq_compile import cli
-from svdq_compile.cli import generate
+from svdq_compile.cli import generate, verify
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "quality.md").read_text(encoding="utf-8")
@@ -56,6 +56,7 @@ def test_linears_by_name():
 
 def test_the_numbers_come_from_the_command():
     (args,) = commands("verify")
+    verify.complete(args)
     plan = DATA["denoising"]
     for name in ("steps", "width", "height", "cfg", "negative_prompt"):
         assert getattr(args, name) == plan[name], name
