@@ -26,11 +26,14 @@ class Modulation:
     """
 
     x: Tensor
-    arguments: dict[str, Tensor | None]
+    arguments: dict[str, Tensor | int | None]
     down: Tensor | None
 
 
-NONE: dict[str, Tensor | None] = dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr", "sums_ptr"))
+NONE: dict[str, Tensor | int | None] = {
+    **dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr", "sums_ptr")),
+    "SUMS": 0,
+}
 """What the activation kernel takes of an x that is read as it is."""
 
 
@@ -49,7 +52,7 @@ def modulations(calls: Sequence[Call], scaled: bool) -> list[Modulation | None]:
 def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
     from svdq_kernels import modulation as kernels
 
-    streams, results, rows = [], [], []
+    streams, results, rows, down_programs = [], [], [], 0
     for call, parts in found:
         x = launch.contiguous_rows(launch.reshape(parts.x, [call.tokens, call.in_features]))
         gain, shift = (launch.contiguous(each) for each in (parts.scale, parts.shift))
@@ -59,7 +62,9 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
         mean, deviation = parts.moments
         size = [call.rank, call.in_features]
         down = launch.empty(size, call.dtype, call.device) if call.rank else None
-        sums = launch.empty([2, call.rank], torch.float32, call.device) if call.rank else None
+        slices = kernels.slices(call.in_features) if call.rank else 0
+        sums = launch.empty([slices, 2, call.rank], torch.float32, call.device) if call.rank else None
+        down_programs += call.rank * slices
         rows.append(0 if known else call.tokens)
         streams.append(
             {
@@ -78,9 +83,10 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
                 "eps": parts.eps,
             }
         )
-        own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift, "sums_ptr": sums}
+        own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift}
+        own |= {"sums_ptr": sums, "SUMS": slices}
         results.append(Modulation(x, own, down))
-    programs = sum(rows) + sum(call.rank for call, _ in found)
+    programs = sum(rows) + down_programs
     if programs != 0:
         config = kernels.configuration(max(call.in_features for call, _ in found))
         warps = config.pop("num_warps")

@@ -33,30 +33,31 @@ def captured():
 
 @pytest.fixture
 def denoise():
-    """``denoise(transformer, seed, steps=20)``: latents of ``QwenImagePipeline`` with guidance.
+    """``denoise(transformer, seed, steps, size, prompts)``: latents of ``QwenImagePipeline`` with guidance.
 
-    Prompts are random and differ in length; the transformer has 64 input channels, which the pipeline packs 2 x 2.
+    ``size`` is height and width in pixels, ``prompts`` the tokens of the prompt and of the negative one, which are
+    random. The transformer has 64 input channels, which the pipeline packs 2 x 2.
     """
     demo = Path(__file__).parents[2] / "examples" / "demo" / "pipeline"
 
-    def run(transformer, seed, steps=20):
+    def run(transformer, seed, steps=20, size=(64, 96), prompts=(9, 4)):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(demo, subfolder="scheduler")
         pipe = QwenImagePipeline(
             scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
         )
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
-        prompts = {}
-        for name, text in (("prompt", 9), ("negative_prompt", 4)):
+        given = {}
+        for name, text in zip(("prompt", "negative_prompt"), prompts, strict=True):
             embeds = torch.randn(1, text, transformer.config.joint_attention_dim, generator=generator)
-            prompts[f"{name}_embeds"] = embeds.to(transformer.device, transformer.dtype)
-            prompts[f"{name}_embeds_mask"] = torch.ones(1, text, dtype=torch.long, device=transformer.device)
+            given[f"{name}_embeds"] = embeds.to(transformer.device, transformer.dtype)
+            given[f"{name}_embeds_mask"] = torch.ones(1, text, dtype=torch.long, device=transformer.device)
         return pipe(
-            **prompts,
+            **given,
             true_cfg_scale=4.0,
             num_inference_steps=steps,
-            height=64,
-            width=96,
+            height=size[0],
+            width=size[1],
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
         ).images

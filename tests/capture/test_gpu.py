@@ -1,6 +1,7 @@
 """Real CUDA graphs: the uncaptured bits, no memory that grows, no state a failure leaves behind."""
 
 import copy
+import functools
 import gc
 import threading
 
@@ -10,7 +11,7 @@ import torch
 import svdq_compile
 from svdq_compile._compat import list_mode_options
 from svdq_compile.errors import CaptureError, OffloadError
-from svdq_compile.testing.checkpoints import SMALL, example_inputs, write_checkpoint
+from svdq_compile.testing.checkpoints import QWEN_IMAGE, SMALL, example_inputs, write_checkpoint
 from svdq_compile.testing.oracle import assert_bits_equal
 from svdq_compile.testing.random_model import random_transformer
 
@@ -282,6 +283,31 @@ def test_a_denoising_loop_with_guidance(capture, denoise, regional, fresh_dynamo
             assert_bits_equal(denoise(model, seed), expected[seed])
         assert [shape.replays for shape in handle.report().shapes] == [40, 40]
     assert_bits_equal(denoise(model, 0), expected[0])
+
+
+@pytest.mark.parametrize("storage", ["packed", "expanded"])
+def test_the_real_size_denoises(storage, gpu_memory, capture, denoise, fresh_dynamo):
+    """60 blocks with guidance: 20 captured steps are the uncaptured ones, and 200 more leave memory as it was."""
+    gpu_memory(40)
+    model = random_transformer(QWEN_IMAGE, device="cuda", blocks_kept=2, storage=storage)
+    model.set_attention_backend("_native_cudnn")
+    model.compile_repeated_blocks(backend="svdq", fullgraph=True)
+    loop = functools.partial(denoise, model, size=(512, 512), prompts=(128, 64))
+    expected = [loop(seed) for seed in range(2)]
+    assert all(latents.isfinite().all() for latents in expected)
+    assert not torch.equal(*expected)
+    with capture(model) as handle:
+        for seed in range(2):
+            assert_bits_equal(loop(seed), expected[seed])
+        before = memory()
+        torch.cuda.reset_peak_memory_stats()
+        assert_bits_equal(loop(0), expected[0])
+        peak = torch.cuda.max_memory_allocated()
+        for _ in range(10):
+            assert_bits_equal(loop(0), expected[0])
+        assert torch.cuda.max_memory_allocated() == peak
+        assert memory() == before
+        assert [shape.replays for shape in handle.report().shapes] == [260, 260]
 
 
 def test_bits_of_regional_compilation(model, capture, fresh_dynamo):

@@ -120,11 +120,11 @@ def partials(m, rank, seed, device="cuda"):
     return torch.randn(48, m, rank, generator=g, device=device).half()
 
 
-@pytest.mark.parametrize("m", [5, 130, 0])
-def test_a_sum_beside_in_the_interpreter(m, tmp_path):
-    """A kernel whose programs are all busy in the last round, or not; and none at all."""
-    args, parts = make(m, 272, 48, torch.float16, 16, 16, False, True, True, 0, "cpu"), partials(70, 33, 1, "cpu")
-    h = torch.full((1, 70, 33), torch.nan, dtype=torch.float16)
+@pytest.mark.parametrize(("m", "tokens"), [(5, 70), (130, 70), (130, 1500), (0, 70)])
+def test_a_sum_beside_in_the_interpreter(m, tokens, tmp_path):
+    """A kernel whose programs are all busy in the last round, or not; more than idle ones take; and none at all."""
+    args, parts = make(m, 272, 48, torch.float16, 16, 16, False, True, True, 0, "cpu"), partials(tokens, 33, 1, "cpu")
+    h = torch.full((1, tokens, 33), torch.nan, dtype=torch.float16)
     calls = [
         ("multiply_gelu_quantize_beside", (parts, h, *args.values())),
         ("multiply_gelu_quantize", tuple(args.values())),

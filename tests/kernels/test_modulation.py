@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from svdq_kernels import activation
 from svdq_kernels.activation import prepare
-from svdq_kernels.modulation import modulate
+from svdq_kernels.modulation import STEP, modulate, slices
 
 APPLY = pathlib.Path(__file__).with_name("apply_kernels.py")
 
@@ -64,7 +64,9 @@ def assert_same(actual, wanted, dtype):
 def test_in_the_interpreter(tmp_path):
     """Which multiplies float16, but bits of bfloat16, and rounds to e4m3 in its own way."""
     cases, wanted = [], []
-    for seed, (m, k, rank, smooth) in enumerate([(5, 48, 16, True), (130, 272, 5, False), (1, 16, 0, True)]):
+    for seed, (m, k, rank, smooth) in enumerate(
+        [(5, 48, 16, True), (130, 272, 5, False), (1, 16, 0, True), (3, 2 * STEP + 16, 5, True)]
+    ):
         x, s, t, down, modulation = make(m, k, torch.float16, rank, smooth, seed, "cpu")
         for operand in ("plain", "nvfp4", "none")[: 3 if rank else 2]:
             cases.append(("prepare_modulated", (x, s, t, down, operand, *modulation)))
@@ -152,8 +154,9 @@ def check_streams(results, arguments):
         if down is not None:
             wide = down.double() * (1 if s is None else s.double())
             assert_bits_equal(modulated_down, (wide * (1 + gain.double())).to(down.dtype))
-            wanted = torch.stack([modulated_down.double().sum(1), (wide * shift.double()).sum(1)])
-            assert_bits_equal(sums, wanted.float())
+            for part, columns in zip(sums, torch.arange(down.shape[1]).split(STEP), strict=True):
+                both = modulated_down.double(), wide * shift.double()
+                assert_bits_equal(part, torch.stack([each[:, columns].sum(1) for each in both]).float())
 
 
 def test_moments_and_low_rank_factors_in_the_interpreter(tmp_path):
@@ -218,6 +221,7 @@ def test_compiles_without_spills(operand, rank, m):
     types |= {"M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64", "stride_tm": "i32"}
     types |= {"operand_ptr": "*fp8e4nv" if operand == "fp8" else "*bf16"}
     constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank), "WGMMA": True}
+    constants |= {"SUMS": slices(3072)}
     compiled = compile_for((9, 0), activation._prepare_kernel, types, constants, warps, aligned=("K", "stride_xm"))
     if CUOBJDUMP.exists():
         assert spills(compiled) == 0

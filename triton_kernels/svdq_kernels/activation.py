@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import few
 from .fp4 import GROUP, magnitude_bits
-from .modulation import modulate
+from .modulation import modulate, slices
 from .operand import OPERANDS, TOKEN_RANGE, modulated, nvfp4_values, smooth
 from .projection import BLOCK, beside_arguments, sum_block, sum_partials, write_sum
 
@@ -42,6 +42,24 @@ def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, TOKEN_RANGE: tl.const
     amax = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
     t = tl.div_rn(amax, TOKEN_RANGE)
     tl.store(t_ptr + row, tl.where(t == 0, 1.0, t))
+
+
+@triton.jit
+def load_sums(sums_ptr, offs_r, split, R, SUMS: tl.constexpr):
+    """D's two sums over K, 0 but for the first slice of K, which carries what is the same for all of them.
+
+    Args:
+        sums_ptr: float32 [SUMS, 2, R], in SUMS parts.
+        offs_r: ranks.
+        split: slice of K.
+    """
+    mask = (offs_r < R) & (split == 0)
+    of_down = tl.load(sums_ptr + offs_r, mask=mask, other=0.0)
+    of_shift = tl.load(sums_ptr + R + offs_r, mask=mask, other=0.0)
+    for part in tl.static_range(1, SUMS):
+        of_down += tl.load(sums_ptr + 2 * part * R + offs_r, mask=mask, other=0.0)
+        of_shift += tl.load(sums_ptr + (2 * part + 1) * R + offs_r, mask=mask, other=0.0)
+    return of_down, of_shift
 
 
 @triton.jit
@@ -71,6 +89,7 @@ def prepare_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    SUMS: tl.constexpr,
     WGMMA: tl.constexpr,
 ):
     """Operand and partial down-projection of BLOCK_M tokens and SPLIT_K inputs.
@@ -84,11 +103,12 @@ def prepare_tile(
         mean_ptr, deviation_ptr: float32 [M], to normalise and modulate x first (:func:`modulated`); None to take it
             as it is.
         gain_ptr, shift_ptr: [K], likewise.
-        sums_ptr: float32 [2, R], D's, likewise.
+        sums_ptr: float32 [SUMS, 2, R], D's in SUMS parts, likewise.
         operand_ptr: result [M, K] contiguous; None to not store it.
         partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
         SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
         RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
+        SUMS: 0 where x is not modulated or has no low-rank branch.
         WGMMA: whether tl.dot is an instruction that goes on by itself, as on sm_90.
     """
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -101,6 +121,10 @@ def prepare_tile(
         mean = tl.load(mean_ptr + row, mask=mask_m, other=0.0)
         deviation = tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
     offs_r = tl.arange(0, RANK if RANK else 16)
+    # Loaded ahead of the loop, unless the operand takes the registers.
+    EARLY: tl.constexpr = mean_ptr is not None and RANK > 0 and WGMMA and OPERAND == "fp8"
+    if EARLY:
+        of_down, of_shift = load_sums(sums_ptr, offs_r, split, R, SUMS)
     h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
     if WGMMA:
         # Never true, which LLVM knows, but not Triton.
@@ -140,10 +164,11 @@ def prepare_tile(
             values = values.to(operand_ptr.dtype.element_ty)
             tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
     if mean_ptr is not None and RANK > 0:
-        # The tensor core took x as it lies in memory. The first slice carries what is the same for all of them.
-        share = tl.where(split == 0, 1.0, 0.0)
-        of_down = tl.load(sums_ptr + offs_r, mask=offs_r < R, other=0.0) * share
-        of_shift = tl.load(sums_ptr + R + offs_r, mask=offs_r < R, other=0.0) * share
+        # The tensor core took x as it lies in memory.
+        if EARLY:
+            of_down, of_shift = tl.where(never, 0.0, of_down), tl.where(never, 0.0, of_shift)
+        else:
+            of_down, of_shift = load_sums(sums_ptr, offs_r, split, R, SUMS)
         h = (h - mean[:, None] * of_down[None, :]) * deviation[:, None] + of_shift[None, :]
     if RANK > 0:
         where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
@@ -178,6 +203,7 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    SUMS: tl.constexpr,
     WGMMA: tl.constexpr,
     BESIDE_SPLITS: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
@@ -217,6 +243,7 @@ def _prepare_kernel(
             BLOCK_M,
             BLOCK_K,
             STAGES,
+            SUMS,
             WGMMA,
         )
     else:
@@ -246,7 +273,7 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
     """Constants of the kernel and its ``num_warps``.
 
     Up to some hundred tokens: many small programs, one step each, because latency is all there is. Many tokens: slices
-    of K enough for :data:`PROGRAMS`, so that memory is never idle, and at least :data:`SLICES`.
+    of K enough for :data:`PROGRAMS`, so that memory is never idle; e4m3 has at least :data:`SLICES`, others at most 8.
 
     Args:
         m, k, rank, operand: M, K, R and the operand; m may be a hint.
@@ -266,9 +293,15 @@ def configuration(m: int, k: int, rank: int, operand: str, modulated: bool = Fal
             "STAGES": 3 if rank <= 128 else 2,
             "num_warps": warps,
         }
-    least = SLICES if operand == "fp8" else 1
-    splits = max(1, min(max(PROGRAMS // -(-m // 64), least), k // 384, 8))
-    return {"SPLIT_K": -(-k // (64 * splits)) * 64, "BLOCK_M": 64, "BLOCK_K": 64, "STAGES": 3, "num_warps": warps}
+    tiles = -(-m // 64)
+    if operand == "fp8":
+        splits = max(1, min(max(PROGRAMS // tiles, SLICES), k // 128))
+    else:
+        splits = max(1, min(PROGRAMS // tiles, k // 384, 8))
+    split = -(-k // (64 * splits)) * 64
+    one_step = split == 128 and not modulated
+    steps = {"BLOCK_K": 128, "STAGES": 1} if one_step else {"BLOCK_K": 64, "STAGES": 3}
+    return {"SPLIT_K": split, "BLOCK_M": 64, **steps, "num_warps": warps}
 
 
 MANY_TOKENS = 1024
@@ -384,6 +417,7 @@ def prepare(
                 gain_ptr=gain,
                 shift_ptr=shift,
                 sums_ptr=down_sums,
+                SUMS=0 if down_sums is None else slices(k),
                 partials_ptr=partials,
                 M=m,
                 RANK=padded_rank(rank),

@@ -223,8 +223,14 @@ def dense_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
+    BIAS_FIRST: tl.constexpr = False,
 ):
-    """y of one tile, float32 [BLOCK_M, BLOCK_N]; arguments as in the functions above, None for an absent part."""
+    """y of one tile, float32 [BLOCK_M, BLOCK_N]; arguments as in the functions above, None for an absent part.
+
+    Args:
+        BIAS_FIRST: adds the bias ahead of the low-rank branch, by the instruction that scales the sums. Without it the
+            sums move to registers of their own behind the branch, which GELU needs anyway.
+    """
     offs_m = origin_m + tl.arange(0, BLOCK_M)
     offs_n = origin_n + tl.arange(0, BLOCK_N)
     # What fits the registers is on its way while the main loop runs.
@@ -236,12 +242,14 @@ def dense_tile(
         h, up = load_low_rank(partials_ptr, up_ptr, offs_m, offs_n, M, N, 0, R, SPLITS, CHUNK)
     acc = product(x, w, origin_m, origin_n, M, N, K, stride_xm, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
     acc = acc * late(scale, scale_b_ptr)
+    if bias_ptr is not None and BIAS_FIRST:
+        acc += late(bias, scale_b_ptr).to(tl.float32)[None, :]
     if R > 0:
         if EARLY:
             acc = tl.dot(late(h, scale_b_ptr), tl.trans(late(up, scale_b_ptr)), acc)
         else:
             acc = add_low_rank(acc, partials_ptr, up_ptr, offs_m, offs_n, M, N, R, SPLITS, CHUNK)
-    if bias_ptr is not None:
+    if bias_ptr is not None and not BIAS_FIRST:
         acc += late(bias, scale_b_ptr).to(tl.float32)[None, :]
     return acc
 

@@ -152,6 +152,7 @@ def stream_heads(
                         BLOCK_N,
                         BLOCK_K,
                         TMA,
+                        BIAS_FIRST=True,
                     )
                     offs_m = origin_m + tl.arange(0, BLOCK_M)
                     rows = offs_m % tokens

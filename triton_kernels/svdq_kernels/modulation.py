@@ -1,11 +1,11 @@
 """What an activation kernel needs to normalise and modulate x as it reads it, of two streams by one launch.
 
     mean, deviation = moments of each row of x; deviation is the reciprocal of the standard deviation
-    D = round(L2 * s * (1 + gain))          sums = [sum of D, sum of s * L2 * shift], over K, of each rank
+    D = round(L2 * s * (1 + gain))          sums = [sum of D, sum of s * L2 * shift], of each rank, in slices of K
 
 With them ``h = ((x - mean) * deviation * (1 + gain) + shift) * s @ L2.T`` takes x as it lies in memory:
 
-    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]
+    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]          with the slices' sums added up
 """
 
 import torch
@@ -35,33 +35,37 @@ def find_moments(row, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS: tl.cons
 
 @triton.jit
 def modulate_down(
-    rank, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R: tl.constexpr, STEP: tl.constexpr
+    program, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R: tl.constexpr, STEP: tl.constexpr
 ):
-    """One rank of D and its two sums.
+    """A slice of one rank of D, and its two sums.
 
     Args:
+        program: which of the R ranks of which slice.
         down_ptr: L2 [R, K], contiguous.
         s_ptr, gain_ptr, shift_ptr: [K]; s_ptr may be None.
         modulated_ptr: D [R, K], L2's dtype.
-        sums_ptr: float32 [2, R].
-        STEP: columns at once.
+        sums_ptr: float32 [ceil(K / STEP), 2, R].
+        STEP: columns of a slice.
     """
-    of_down = tl.zeros((STEP,), dtype=tl.float32)
-    of_shift = tl.zeros((STEP,), dtype=tl.float32)
-    for start in range(0, K, STEP):
-        offs_k = start + tl.arange(0, STEP)
-        mask = offs_k < K
-        wide = tl.load(down_ptr + rank * K + offs_k, mask=mask, other=0.0).to(tl.float32)
-        if s_ptr is not None:
-            wide *= tl.load(s_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-        of_shift += wide * tl.load(shift_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-        gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-        modulated = (wide * gain).to(modulated_ptr.dtype.element_ty)
-        tl.store(modulated_ptr + rank * K + offs_k, modulated, mask=mask)
-        # What was rounded, once for the product and for the sum.
-        of_down += modulated.to(tl.float32)
-    tl.store(sums_ptr + rank, tl.sum(of_down, 0))
-    tl.store(sums_ptr + R + rank, tl.sum(of_shift, 0))
+    part, rank = program // R, program % R
+    offs_k = part * STEP + tl.arange(0, STEP)
+    mask = offs_k < K
+    wide = tl.load(down_ptr + rank * K + offs_k, mask=mask, other=0.0).to(tl.float32)
+    if s_ptr is not None:
+        wide *= tl.load(s_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    modulated = (wide * gain).to(modulated_ptr.dtype.element_ty)
+    tl.store(modulated_ptr + rank * K + offs_k, modulated, mask=mask)
+    # What was rounded, once for the product and for the sum.
+    tl.store(sums_ptr + 2 * part * R + rank, tl.sum(modulated.to(tl.float32), 0))
+    tl.store(sums_ptr + 2 * part * R + R + rank, tl.sum(wide * shift, 0))
+
+
+@triton.jit
+def down_programs(K, R: tl.constexpr, STEP: tl.constexpr):
+    """Programs that make a stream's D."""
+    return R * tl.cdiv(K, STEP)
 
 
 @triton.jit
@@ -83,12 +87,13 @@ def modulate_stream(
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One program's share of a stream: the first R take a rank each, the others a row; arguments as above."""
-    if program < R:
+    """One program's share of a stream: the first take a slice of a rank each, the others a row; arguments as above."""
+    of_down = down_programs(K, R, STEP)
+    if program < of_down:
         if R > 0:
             modulate_down(program, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R, STEP)
     elif x_ptr is not None:
-        find_moments(program - R, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS, BLOCK_K)
+        find_moments(program - of_down, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS, BLOCK_K)
 
 
 @triton.jit
@@ -131,7 +136,8 @@ def _modulation_kernel(
         M0: rows of the first stream whose moments are to be found.
     """
     program = tl.program_id(0)
-    if program < R0 + M0:
+    of_first = down_programs(K0, R0, STEP) + M0
+    if program < of_first:
         modulate_stream(
             program,
             x0_ptr,
@@ -152,7 +158,7 @@ def _modulation_kernel(
         )
     elif TWO:
         modulate_stream(
-            program - (R0 + M0),
+            program - of_first,
             x1_ptr,
             s1_ptr,
             gain1_ptr,
@@ -189,7 +195,12 @@ STREAM = {
 """The kernel's parameters -> what a stream calls them."""
 
 STEP = 1024
-"""Columns of L2 a program takes at once."""
+"""Columns of L2 a program takes: few enough that it is done when those that find a row's moments are."""
+
+
+def slices(k: int) -> int:
+    """In how many parts D's sums come."""
+    return -(-k // STEP)
 
 
 def configuration(k: int) -> dict[str, int]:
@@ -233,21 +244,21 @@ def modulate(
         eps: added to the variance.
 
     Returns:
-        Of each stream mean and deviation, float32 [M], or None; D, L2's dtype [R, K], and sums, float32 [2, R], or
-        None.
+        Of each stream mean and deviation, float32 [M], or None; D, L2's dtype [R, K], and sums, float32
+        [slices(K), 2, R], or None.
     """
     streams, results = [], []
     for x_i, s, g, shift_i, down, eps_i in zip(x, pre_quant_scale, gain, shift, lora_down, eps, strict=True):
         k, rank = g.numel(), 0 if down is None else down.shape[0]
         empty = {"dtype": torch.float32, "device": g.device}
         mean, deviation = (None, None) if x_i is None else (torch.empty(x_i.shape[0], **empty) for _ in range(2))
-        modulated, sums = (torch.empty_like(down), torch.empty(2, rank, **empty)) if rank else (None, None)
+        modulated, sums = (torch.empty_like(down), torch.empty(slices(k), 2, rank, **empty)) if rank else (None, None)
         own = (x_i, s, g, shift_i, down if rank else None, mean, deviation, modulated, sums)
         stride = 0 if x_i is None else x_i.stride(0)
         streams.append(dict(zip(STREAM.values(), (*own, k, stride, rank, eps_i), strict=True)))
         results.append((mean, deviation, modulated, sums))
     rows = [0 if each is None else each.shape[0] for each in x]
-    programs = sum(rows) + sum(each["rank"] for each in streams)
+    programs = sum(rows) + sum(each["rank"] * slices(each["k"]) for each in streams)
     if programs:
         with torch.cuda.device_of(gain[0]):
             config = configuration(max(each["k"] for each in streams))
