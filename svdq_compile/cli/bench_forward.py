@@ -10,8 +10,9 @@ import dataclasses
 
 from ..bench.forward_plan import MODELS, NO_PEERS, PEERS, SIZES, ForwardPlan, parse_size
 from ..bench.plan import MODES, listed, one_of
+from ..errors import OptionError
 from ..spec import STORAGES
-from .common import add_device, pick_device, positive, zero_or_more
+from .common import add_device, is_png, pick_device, positive, zero_or_more
 
 PLAIN = ("batch", "text", "model", "blocks", "rank", "attention", "whole", "dynamic", "capture", "lora_cost", "ablate")
 PLAIN += ("compile_time", "repeats", "kernels", "csv", "chart")
@@ -49,14 +50,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints."""
+    """Measures and prints.
+
+    Raises:
+        OptionError: options ask for what cannot be measured, or written.
+    """
     from ..bench.forward import run as measure
 
     return measure(make_plan(args), pick_device(args.device))
 
 
 def make_plan(args: argparse.Namespace) -> ForwardPlan:
-    """What the arguments ask for."""
+    """What the arguments ask for.
+
+    Raises:
+        OptionError: a chart that is no PNG.
+    """
+    if args.chart is not None and not is_png(args.chart):
+        raise OptionError(f"--chart {args.chart} is no PNG file")
     plan = ForwardPlan(**{name: getattr(args, name) for name in PLAIN})
     peers = tuple(peer for peer in args.peers if peer != NO_PEERS)
     return dataclasses.replace(plan, sizes=args.sizes, modes=args.modes, storages=args.storage, peers=peers)

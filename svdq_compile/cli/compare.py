@@ -92,7 +92,8 @@ def resolve(options: argparse.Namespace) -> list[Candidate]:
     """The candidates with everything named.
 
     Raises:
-        OptionError: a mode without a checkpoint, or what is neither a mode nor a checkpoint.
+        OptionError: a mode without a checkpoint, what is neither a mode nor a checkpoint, or ``--transformer`` or
+            ``--compute`` where every item has its own.
     """
     found = []
     for checkpoint, compute in options.compare:
@@ -105,6 +106,11 @@ def resolve(options: argparse.Namespace) -> list[Candidate]:
         if checkpoint is None and options.transformer is None:
             raise OptionError(f"--compare {compute} is a mode of --transformer, which is not given")
         found.append(Candidate(checkpoint or options.transformer, compute or options.compute))
+    checkpoints, modes = zip(*options.compare, strict=True)
+    if options.transformer is not None and None not in checkpoints:
+        raise OptionError(f"--transformer {options.transformer} does nothing: every item of --compare is a checkpoint")
+    if options.compute != "auto" and None not in modes:
+        raise OptionError(f"--compute {options.compute} does nothing: every item of --compare has its own mode")
     return found
 
 

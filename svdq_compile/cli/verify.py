@@ -78,7 +78,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_storage(parser)
     tokens = {"type": positive, "default": argparse.SUPPRESS}
     add("--tokens", **tokens, help="image tokens of random inputs, and text tokens (64)")
-    add("--seed", type=listed(whole), default=(0,), metavar="S,...", help="of random inputs (the first), pictures (0)")
+    add(
+        "--seed",
+        type=listed(whole),
+        default=(0,),
+        metavar="S,...",
+        help="of random inputs, or of each picture of a prompt (0)",
+    )
     drawing = parser.add_argument_group("pictures", argument_default=argparse.SUPPRESS)
     add = drawing.add_argument
     denoising = "draw every prompt with every seed; inputs are those of this run"
@@ -138,8 +144,11 @@ def complete(args: argparse.Namespace) -> None:
     """Gives the options of pictures and of random inputs that are not given their values.
 
     Raises:
-        OptionError: one of pictures is given without ``--denoise``, or one of random inputs with it.
+        OptionError: one of pictures, or more than one seed, is given without ``--denoise``, or one of random inputs
+            with it.
     """
+    if len(args.seed) > 1 and not args.denoise:
+        raise OptionError("--seed: random inputs have one; several are for --denoise, which is not given")
     complete_options(args, DRAWING, None if args.denoise else "is for --denoise, which is not given")
     complete_options(args, RANDOM, "is for random inputs, not for --denoise" if args.denoise else None)
 

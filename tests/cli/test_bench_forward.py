@@ -48,11 +48,11 @@ def test_every_option_reaches_the_plan():
         *("--sizes", "64x48,32x32", "--batch", "2", "--text", "7", "--model", "small", "--blocks", "3", "--rank", "0"),
         *("--modes", "fp8", "--storage", "expanded", "--peers", "none", "--attention", "flash", "--whole", "--dynamic"),
         *("--no-capture", "--lora-cost", "--ablate", "--compile-time", "--repeats", "4", "--kernels", "5"),
-        *("--csv", "f", "--chart", "g"),
+        *("--csv", "f", "--chart", "g.png"),
     )
     assert plan == plans.ForwardPlan(
         *(((64, 48), (32, 32)), 2, 7, "small", 3, 0, ("fp8",), ("expanded",), (), "flash", True, True),
-        *(False, True, True, True, 4, 5, "f", "g"),
+        *(False, True, True, True, 4, 5, "f", "g.png"),
     )
 
 
@@ -73,6 +73,11 @@ def test_wrong_usage(words):
     with pytest.raises(SystemExit) as left:
         main(["bench", "forward", *words])
     assert left.value.code == 2
+
+
+def test_a_chart_that_is_no_png():
+    with pytest.raises(OptionError, match=r"--chart x\.jpg is no PNG file"):
+        plan_of("--chart", "x.jpg")
 
 
 def test_nothing_to_measure():

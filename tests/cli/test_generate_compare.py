@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,18 @@ def test_what_is_no_mode_and_no_checkpoint_is_refused_early(tmp_path, monkeypatc
     assert generate("--model", "nowhere", "--transformer", DEMO, "--compare", f"nvfp4,{item}") == 1
     error = capsys.readouterr().err
     assert f"--compare {item}: neither a compute mode (auto, nvfp4, fp8, bf16, modelopt) nor a checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--transformer", DEMO, "--compare", f"{DEMO}:fp8,{DEMO}"], "--transformer .* does nothing"),
+        (["--transformer", DEMO, "--compute", "bf16", "--compare", f"nvfp4,{DEMO}:fp8"], "--compute bf16 does nothing"),
+    ],
+)
+def test_options_that_no_item_takes_are_refused_early(words, message, capsys):
+    assert generate("--model", "nowhere", *words) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_may_be_on_the_hub_is_not_refused():

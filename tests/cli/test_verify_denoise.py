@@ -91,6 +91,7 @@ def test_a_pipeline_of_its_own(quantised, tmp_path, capsys):
     ("words", "message"),
     [
         (["--denoise", "--prompt", "p", "--tokens", "64"], "--tokens is for random inputs, not for --denoise"),
+        (["--seed", "0,1"], "--seed: random inputs have one; several are for --denoise, which is not given"),
         (["--denoise"], "--denoise needs a prompt"),
         (["--denoise", "--prompt", "p", "--sheet", "x.jpg"], "--sheet x.jpg is no PNG file"),
     ],
