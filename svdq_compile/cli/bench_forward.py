@@ -10,9 +10,8 @@ import dataclasses
 
 from ..bench.forward_plan import MODELS, NO_PEERS, PEERS, SIZES, ForwardPlan, parse_size
 from ..bench.plan import MODES, listed, one_of
-from ..errors import OptionError
 from ..spec import STORAGES
-from .common import add_device, is_png, pick_device, positive, zero_or_more
+from .common import add_device, pick_device, positive, require_png, zero_or_more
 
 PLAIN = ("batch", "text", "model", "blocks", "rank", "attention", "whole", "dynamic", "capture", "lora_cost", "ablate")
 PLAIN += ("compile_time", "repeats", "kernels", "csv", "chart")
@@ -66,8 +65,7 @@ def make_plan(args: argparse.Namespace) -> ForwardPlan:
     Raises:
         OptionError: a chart that is no PNG.
     """
-    if args.chart is not None and not is_png(args.chart):
-        raise OptionError(f"--chart {args.chart} is no PNG file")
+    require_png("--chart", args.chart)
     plan = ForwardPlan(**{name: getattr(args, name) for name in PLAIN})
     peers = tuple(peer for peer in args.peers if peer != NO_PEERS)
     return dataclasses.replace(plan, sizes=args.sizes, modes=args.modes, storages=args.storage, peers=peers)

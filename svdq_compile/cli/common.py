@@ -67,6 +67,20 @@ def is_png(path: str) -> bool:
     return Path(path).suffix.lower() == ".png"
 
 
+def require_png(option: str, path: str | None) -> None:
+    """Refuses a picture's file that is no PNG.
+
+    Args:
+        option: whose value the path is.
+        path: None for none.
+
+    Raises:
+        OptionError: it has another suffix.
+    """
+    if path is not None and not is_png(path):
+        raise OptionError(f"{option} {path} is no PNG file")
+
+
 def complete_options(args: argparse.Namespace, defaults: Mapping[str, object], refusal: str | None) -> None:
     """Gives options that are not given their values.
 

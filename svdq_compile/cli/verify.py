@@ -21,9 +21,9 @@ from .common import (
     add_json,
     add_storage,
     complete_options,
-    is_png,
     pick_device,
     positive,
+    require_png,
     short_name,
     show,
     whole,
@@ -161,8 +161,7 @@ def chosen_prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """
     if not args.denoise:
         return ()
-    if args.sheet is not None and not is_png(args.sheet):
-        raise OptionError(f"--sheet {args.sheet} is no PNG file")
+    require_png("--sheet", args.sheet)
     prompts = tuple(args.prompt or ())
     if args.prompts is not None:
         from .quantize import read_prompts

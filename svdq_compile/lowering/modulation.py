@@ -52,7 +52,7 @@ def modulations(calls: Sequence[Call], scaled: bool) -> list[Modulation | None]:
 def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
     from svdq_kernels import modulation as kernels
 
-    streams, results, rows, down_programs = [], [], [], 0
+    streams, results, rows = [], [], []
     for call, parts in found:
         x = launch.contiguous_rows(launch.reshape(parts.x, [call.tokens, call.in_features]))
         gain, shift = (launch.contiguous(each) for each in (parts.scale, parts.shift))
@@ -64,7 +64,6 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
         down = launch.empty(size, call.dtype, call.device) if call.rank else None
         slices = kernels.slices(call.in_features) if call.rank else 0
         sums = launch.empty([slices, 2, call.rank], torch.float32, call.device) if call.rank else None
-        down_programs += call.rank * slices
         rows.append(0 if known else call.tokens)
         streams.append(
             {
@@ -86,7 +85,7 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
         own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift}
         own |= {"sums_ptr": sums, "SUMS": slices}
         results.append(Modulation(x, own, down))
-    programs = sum(rows) + down_programs
+    programs = kernels.programs(streams, rows)
     if programs != 0:
         config = kernels.configuration(max(call.in_features for call, _ in found))
         warps = config.pop("num_warps")

@@ -203,6 +203,16 @@ def slices(k: int) -> int:
     return -(-k // STEP)
 
 
+def programs(streams: list[dict[str, object]], rows: list[object]) -> object:
+    """Programs of a launch.
+
+    Args:
+        streams: as :func:`arguments` takes them.
+        rows: of each, those whose moments are to be found.
+    """
+    return sum(rows) + sum(each["rank"] * slices(each["k"]) for each in streams)
+
+
 def configuration(k: int) -> dict[str, int]:
     """Constants of the kernel, and ``num_warps``: a warp holds 1024 values of a row.
 
@@ -258,9 +268,9 @@ def modulate(
         streams.append(dict(zip(STREAM.values(), (*own, k, stride, rank, eps_i), strict=True)))
         results.append((mean, deviation, modulated, sums))
     rows = [0 if each is None else each.shape[0] for each in x]
-    programs = sum(rows) + sum(each["rank"] * slices(each["k"]) for each in streams)
-    if programs:
+    count = programs(streams, rows)
+    if count:
         with torch.cuda.device_of(gain[0]):
             config = configuration(max(each["k"] for each in streams))
-            _modulation_kernel[(programs,)](**arguments(streams, rows[0]), **config)
+            _modulation_kernel[(count,)](**arguments(streams, rows[0]), **config)
     return results
