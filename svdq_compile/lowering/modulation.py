@@ -26,30 +26,31 @@ class Modulation:
     """
 
     x: Tensor
-    arguments: dict[str, Tensor | int | None]
+    arguments: dict[str, Tensor | None]
     down: Tensor | None
 
 
-NONE: dict[str, Tensor | int | None] = {
-    **dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr", "sums_ptr")),
-    "SUMS": 0,
-}
+NONE: dict[str, Tensor | None] = dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr", "sums_ptr"))
 """What the activation kernel takes of an x that is read as it is."""
 
 
-def modulations(calls: Sequence[Call], scaled: bool) -> list[Modulation | None]:
+def modulations(calls: Sequence[Call], operand: str) -> list[Modulation | None]:
     """Those of one or two linears, made by one launch; None where an activation is no modulated norm's result.
 
     Args:
-        scaled: whether operands have a tensor scale. One found per token is found of x_hat itself.
+        operand: one of :data:`svdq_kernels.operand.OPERANDS`. A scale per token is found of x_hat itself.
     """
+    from svdq_kernels.activation import TOKEN_RANGE
+
+    scaled = operand in TOKEN_RANGE
     parts = [None if scaled and call.dynamic else parts_of(call.x) for call in calls]
     found = [(call, each) for call, each in zip(calls, parts, strict=True) if each is not None]
-    made = dict(zip((call for call, _ in found), _launched(found), strict=True))
+    made = dict(zip((call for call, _ in found), _launched(found, operand), strict=True))
     return [made.get(call) for call in calls]
 
 
-def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
+def _launched(found: Sequence[tuple[Call, Parts]], operand: str) -> list[Modulation]:
+    from svdq_kernels import activation
     from svdq_kernels import modulation as kernels
 
     streams, results, rows = [], [], []
@@ -60,10 +61,12 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
         if not known:
             parts.moments.extend(launch.empty([call.tokens], torch.float32, call.device) for _ in range(2))
         mean, deviation = parts.moments
+        config = activation.configuration(call.hint, call.in_features, call.rank, operand, True)
+        columns = config["SPLIT_K"]
         size = [call.rank, call.in_features]
         down = launch.empty(size, call.dtype, call.device) if call.rank else None
-        slices = kernels.slices(call.in_features) if call.rank else 0
-        sums = launch.empty([slices, 2, call.rank], torch.float32, call.device) if call.rank else None
+        of_sums = [-(-call.in_features // columns), 2, call.rank]
+        sums = launch.empty(of_sums, torch.float32, call.device) if call.rank else None
         rows.append(0 if known else call.tokens)
         streams.append(
             {
@@ -80,10 +83,10 @@ def _launched(found: Sequence[tuple[Call, Parts]]) -> list[Modulation]:
                 "stride": x.get_stride()[0],
                 "rank": call.rank,
                 "eps": parts.eps,
+                "slice": columns,
             }
         )
-        own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift}
-        own |= {"sums_ptr": sums, "SUMS": slices}
+        own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift, "sums_ptr": sums}
         results.append(Modulation(x, own, down))
     programs = kernels.programs(streams, rows)
     if programs != 0:

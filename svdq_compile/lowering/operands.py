@@ -44,10 +44,8 @@ def prepare_both(calls: Sequence[Call], operand: str) -> list[Operand]:
 
 def _modulations(calls: Sequence[Call], operand: str) -> list[Modulation | None]:
     """Of those linears whose activation kernel takes one."""
-    from svdq_kernels.activation import TOKEN_RANGE
-
     takes = [call for call in calls if operand != "plain" or call.rank]
-    made = dict(zip(takes, modulation.modulations(takes, operand in TOKEN_RANGE), strict=True))
+    made = dict(zip(takes, modulation.modulations(takes, operand), strict=True))
     return [made.get(call) for call in calls]
 
 
@@ -81,8 +79,8 @@ def _prepare(
     )
     warps = config.pop("num_warps")
     splits = 1 if few_tokens else -(-k // config["SPLIT_K"])
-    partials_dtype = call.dtype if few_tokens else torch.float32
-    partials = launch.empty([splits, m, call.rank], partials_dtype, call.device) if call.rank else None
+    parts_dtype = call.dtype if few_tokens else kernels.partials_dtype(operand, call.dtype)
+    partials = launch.empty([splits, m, call.rank], parts_dtype, call.device) if call.rank else None
     t = _token_scale(call, operand, x, s) if scaled else None
     untouched = s is None and modulated is None and x.get_stride()[0] == k
     as_is = operand == "none" or (operand == "plain" and untouched)

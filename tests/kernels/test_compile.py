@@ -38,7 +38,7 @@ def prepare(capability, operand, m, rank, dtype="bf16", smooth=True):
     types = {"x_ptr": f"*{dtype}", "t_ptr": "*fp32", "M": "i32", "K": "i32", "R": "i32", "stride_xm": "i64"}
     types |= {"stride_tm": "i32", "operand_ptr": "*fp8e4nv" if operand == "fp8" else f"*{dtype}"}
     types |= {"s_ptr": f"*{dtype}"} if smooth else {}
-    types |= {"down_ptr": f"*{dtype}", "partials_ptr": "*fp32"} if rank else {}
+    types |= {"down_ptr": f"*{dtype}", "partials_ptr": f"*{dtype}" if operand == "fp8" else "*fp32"} if rank else {}
     constants |= {"OPERAND": operand, "SCALE_FACTOR": 6.0, "RANK": activation.padded_rank(rank)}
     constants |= {"WGMMA": activation.uses_wgmma(capability)}
     return compiled(capability, activation._prepare_kernel, types, constants, num_warps=warps)
@@ -118,6 +118,7 @@ def test_few_tokens_activation(capability, operand, k):
 @pytest.mark.parametrize("rank", [0, 32])
 def test_modulation(capability, rank, k):
     constants = modulation.configuration(k) | {"R0": rank, "R1": 0, "EPS0": 1e-6, "EPS1": 1e-6, "TWO": True}
+    constants |= {"SLICE0": 448, "SLICE1": 128} | {f"SLICES{i}": modulation.slices((448, 128)[i]) for i in range(2)}
     warps = constants.pop("num_warps")
     types = dict.fromkeys(("M0", "K0", "K1"), "i32") | dict.fromkeys(("stride_x0m", "stride_x1m"), "i64")
     for i in range(2):

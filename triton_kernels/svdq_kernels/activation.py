@@ -2,13 +2,15 @@
 
     x_hat    = x * s                    rounded once to x's dtype
     operand  = quantize(x_hat)          see svdq_kernels.operand.OPERANDS
-    partials = x @ (s * L2).T           per slice of K, float32; their sum is the low-rank branch's h
+    partials = x @ (s * L2).T           per slice of K; their sum is the low-rank branch's h
 
 The product with L2 takes s on L2's side, so that x goes from memory to the tensor core untouched; that rounds L2 * s
 where the formula rounds x * s, to the same number of bits. So it does with an x that is normalised and modulated first,
 whose L2 is made once for all of its tiles:
 
-    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]         D and sums: see svdq_kernels.modulation
+    partials = (x @ D.T - mean * sums[0]) * deviation + sums[1]         D and sums: see svdq_kernels.modulation
+
+Beside an e4m3 operand partials are rounded to x's dtype: to write and read them in float32 takes time that shows.
 """
 
 import torch
@@ -17,7 +19,7 @@ import triton.language as tl
 
 from . import few
 from .fp4 import GROUP, magnitude_bits
-from .modulation import modulate, slices
+from .modulation import modulate
 from .operand import OPERANDS, TOKEN_RANGE, modulated, nvfp4_values, smooth
 from .projection import BLOCK, beside_arguments, sum_block, sum_partials, write_sum
 
@@ -45,21 +47,42 @@ def _token_scale_kernel(x_ptr, s_ptr, t_ptr, K, stride_xm, TOKEN_RANGE: tl.const
 
 
 @triton.jit
-def load_sums(sums_ptr, offs_r, split, R, SUMS: tl.constexpr):
-    """D's two sums over K, 0 but for the first slice of K, which carries what is the same for all of them.
+def load_sums(sums_ptr, offs_r, split, R):
+    """D's two sums over slice ``split`` of K.
 
     Args:
-        sums_ptr: float32 [SUMS, 2, R], in SUMS parts.
+        sums_ptr: float32 [slices, 2, R].
         offs_r: ranks.
-        split: slice of K.
     """
-    mask = (offs_r < R) & (split == 0)
-    of_down = tl.load(sums_ptr + offs_r, mask=mask, other=0.0)
-    of_shift = tl.load(sums_ptr + R + offs_r, mask=mask, other=0.0)
-    for part in tl.static_range(1, SUMS):
-        of_down += tl.load(sums_ptr + 2 * part * R + offs_r, mask=mask, other=0.0)
-        of_shift += tl.load(sums_ptr + (2 * part + 1) * R + offs_r, mask=mask, other=0.0)
-    return of_down, of_shift
+    sums_ptr += 2 * split * R + offs_r
+    return tl.load(sums_ptr, mask=offs_r < R, other=0.0), tl.load(sums_ptr + R, mask=offs_r < R, other=0.0)
+
+
+@triton.jit
+def write_operand(
+    x, s, t, reciprocal, mean, deviation, gain, shift, operand_ptr, row, offs_k, mask, K, OPERAND: tl.constexpr
+):
+    """Stores the operand of a tile of x; None for what does not apply, other arguments as :func:`prepare_tile`'s.
+
+    Args:
+        x: [tokens, columns].
+        s, gain, shift: of its columns, gain with 1 added.
+        t, reciprocal, mean, deviation: of its tokens, reciprocal ``1 / a``.
+        row, offs_k, mask: its tokens and columns, and which of its elements there are.
+    """
+    x_hat = x
+    if mean is not None:
+        x_hat = modulated(x, mean, deviation, gain, shift)
+    if s is not None:
+        x_hat = smooth(x_hat, s)
+    values = x_hat
+    if OPERAND == "fp8":
+        # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
+        values = x_hat.to(tl.float32) * reciprocal[:, None]
+    elif OPERAND == "nvfp4":
+        values = nvfp4_values(x_hat.to(tl.float32), t[:, None, None])
+    values = values.to(operand_ptr.dtype.element_ty)
+    tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -89,7 +112,6 @@ def prepare_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    SUMS: tl.constexpr,
     WGMMA: tl.constexpr,
 ):
     """Operand and partial down-projection of BLOCK_M tokens and SPLIT_K inputs.
@@ -103,28 +125,27 @@ def prepare_tile(
         mean_ptr, deviation_ptr: float32 [M], to normalise and modulate x first (:func:`modulated`); None to take it
             as it is.
         gain_ptr, shift_ptr: [K], likewise.
-        sums_ptr: float32 [SUMS, 2, R], D's in SUMS parts, likewise.
+        sums_ptr: D's, float32 [ceil(K / SPLIT_K), 2, R], likewise.
         operand_ptr: result [M, K] contiguous; None to not store it.
-        partials_ptr: float32 [ceil(K / SPLIT_K), M, R] contiguous.
+        partials_ptr: [ceil(K / SPLIT_K), M, R] contiguous.
         SCALE_FACTOR: fp8 divides by ``a = SCALE_FACTOR * t``.
         RANK: R rounded up to a size tl.dot takes, 0 without a low-rank branch.
-        SUMS: 0 where x is not modulated or has no low-rank branch.
         WGMMA: whether tl.dot is an instruction that goes on by itself, as on sm_90.
     """
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     row = offs_m.to(tl.int64)
-    if t_ptr is not None:
-        t = tl.load(t_ptr + row * stride_tm, mask=mask_m, other=1.0)
-        reciprocal = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), t * SCALE_FACTOR)
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + row, mask=mask_m, other=0.0)
-        deviation = tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
+    t = None if t_ptr is None else tl.load(t_ptr + row * stride_tm, mask=mask_m, other=1.0)
+    reciprocal = None if t is None else tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), t * SCALE_FACTOR)
+    mean = None if mean_ptr is None else tl.load(mean_ptr + row, mask=mask_m, other=0.0)
+    deviation = None if mean_ptr is None else tl.load(deviation_ptr + row, mask=mask_m, other=0.0)
     offs_r = tl.arange(0, RANK if RANK else 16)
     # Loaded ahead of the loop, unless the operand takes the registers.
     EARLY: tl.constexpr = mean_ptr is not None and RANK > 0 and WGMMA and OPERAND == "fp8"
     if EARLY:
-        of_down, of_shift = load_sums(sums_ptr, offs_r, split, R, SUMS)
+        of_down, of_shift = load_sums(sums_ptr, offs_r, split, R)
+    # Ahead of a product that waits for L2, where there are registers for both and no other step to load for.
+    AHEAD: tl.constexpr = STAGES == 1 and RANK <= 64 and OPERAND == "fp8"
     h = tl.zeros((BLOCK_M, RANK if RANK else 16), dtype=tl.float32)
     if WGMMA:
         # Never true, which LLVM knows, but not Triton.
@@ -134,14 +155,17 @@ def prepare_tile(
         mask_k = offs_k < K
         mask = mask_m[:, None] & mask_k[None, :]
         x = tl.load(x_ptr + row[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0)
-        if s_ptr is not None:
-            s = tl.load(s_ptr + offs_k, mask=mask_k, other=0.0)
+        s = None if s_ptr is None else tl.load(s_ptr + offs_k, mask=mask_k, other=0.0)
+        gain, shift = None, None
         if mean_ptr is not None:
             gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
             shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         if RANK > 0:
             mask_down = (offs_r < R)[:, None] & mask_k[None, :]
             down = tl.load(down_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_down, other=0.0)
+        if operand_ptr is not None and AHEAD:
+            write_operand(x, s, t, reciprocal, mean, deviation, gain, shift, operand_ptr, row, offs_k, mask, K, OPERAND)
+        if RANK > 0:
             if mean_ptr is None and s_ptr is not None:
                 down = smooth(down, s)
             h = tl.dot(x, tl.trans(down), h)
@@ -149,30 +173,19 @@ def prepare_tile(
                 # Read here, so that the product is complete before copies for later steps overwrite x. Triton leaves
                 # one under way from step to step, but gives x no buffer for that, as the operand is made of it too.
                 h = tl.where(never, 0.0, h)
-        if operand_ptr is not None:
-            x_hat = x
-            if mean_ptr is not None:
-                x_hat = modulated(x, mean, deviation, gain, shift)
-            if s_ptr is not None:
-                x_hat = smooth(x_hat, s)
-            values = x_hat
-            if OPERAND == "fp8":
-                # The conversion saturates and keeps NaN (PTX cvt.rn.satfinite).
-                values = x_hat.to(tl.float32) * reciprocal[:, None]
-            elif OPERAND == "nvfp4":
-                values = nvfp4_values(x_hat.to(tl.float32), t[:, None, None])
-            values = values.to(operand_ptr.dtype.element_ty)
-            tl.store(operand_ptr + row[:, None] * K + offs_k[None, :], values, mask=mask)
+        if operand_ptr is not None and not AHEAD:
+            write_operand(x, s, t, reciprocal, mean, deviation, gain, shift, operand_ptr, row, offs_k, mask, K, OPERAND)
     if mean_ptr is not None and RANK > 0:
         # The tensor core took x as it lies in memory.
         if EARLY:
             of_down, of_shift = tl.where(never, 0.0, of_down), tl.where(never, 0.0, of_shift)
         else:
-            of_down, of_shift = load_sums(sums_ptr, offs_r, split, R, SUMS)
+            of_down, of_shift = load_sums(sums_ptr, offs_r, split, R)
         h = (h - mean[:, None] * of_down[None, :]) * deviation[:, None] + of_shift[None, :]
     if RANK > 0:
         where = (split.to(tl.int64) * M + row)[:, None] * R + offs_r[None, :]
-        tl.store(partials_ptr + where, h, mask=mask_m[:, None] & (offs_r < R)[None, :])
+        mask_h = mask_m[:, None] & (offs_r < R)[None, :]
+        tl.store(partials_ptr + where, h.to(partials_ptr.dtype.element_ty), mask=mask_h)
 
 
 @triton.jit
@@ -203,7 +216,6 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    SUMS: tl.constexpr,
     WGMMA: tl.constexpr,
     BESIDE_SPLITS: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
@@ -243,7 +255,6 @@ def _prepare_kernel(
             BLOCK_M,
             BLOCK_K,
             STAGES,
-            SUMS,
             WGMMA,
         )
     else:
@@ -346,8 +357,8 @@ def prepare(
     Returns:
         The operand [M, K], contiguous, a new one the first rows of :func:`padded_rows`: float8_e4m3fn for ``fp8``, else
         x's 16-bit dtype (bfloat16 for float32); None for ``none``. t: the one given, float32 [M, 1], or None for
-        ``plain`` and ``none``. Partials float32 [S, M, R], or where :func:`takes_few` or :func:`sums_partials` says so
-        their sum [1, M, R] in x's dtype; or None.
+        ``plain`` and ``none``. Partials [S, M, R] of :func:`partials_dtype`, or where :func:`takes_few` or
+        :func:`sums_partials` says so their sum [1, M, R] in x's dtype; or None.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -367,8 +378,8 @@ def prepare(
     if x.stride(1) != 1:
         x = x.contiguous()
     pre_quant_scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
-    partials_dtype = x.dtype if few_tokens else torch.float32
-    partials = torch.empty(splits, m, rank, dtype=partials_dtype, device=x.device) if rank else None
+    parts_dtype = x.dtype if few_tokens else partials_dtype(operand, x.dtype)
+    partials = torch.empty(splits, m, rank, dtype=parts_dtype, device=x.device) if rank else None
     # Tensor descriptors begin at multiples of 16 bytes.
     readable = x.is_contiguous() and x.data_ptr() % 16 == 0
     untouched = pre_quant_scale is None and modulation is None and readable
@@ -406,7 +417,7 @@ def prepare(
             down_sums = None
             if modulation is not None and rank:
                 [(_, _, given["down_ptr"], down_sums)] = modulate(
-                    [None], [pre_quant_scale], [gain], [shift], [given["down_ptr"]], [0.0]
+                    [None], [pre_quant_scale], [gain], [shift], [given["down_ptr"]], [0.0], [chosen["SPLIT_K"]]
                 )
             sums = triton.cdiv(beside[1].numel(), BLOCK) if beside else 0
             _prepare_kernel[(splits, triton.cdiv(m, chosen["BLOCK_M"]) + triton.cdiv(sums, splits))](
@@ -417,7 +428,6 @@ def prepare(
                 gain_ptr=gain,
                 shift_ptr=shift,
                 sums_ptr=down_sums,
-                SUMS=0 if down_sums is None else slices(k),
                 partials_ptr=partials,
                 M=m,
                 RANK=padded_rank(rank),
@@ -441,6 +451,11 @@ def uses_wgmma(capability: tuple[int, int]) -> bool:
 def takes_few(m: int, rank: int, modulated: bool) -> bool:
     """Whether :mod:`svdq_kernels.few` makes the operand; m may be a hint."""
     return m <= few.MAX_TOKENS and rank > 0 and not modulated
+
+
+def partials_dtype(operand: str, dtype: torch.dtype) -> torch.dtype:
+    """What partial down-projections are rounded to, for x of a 16-bit dtype."""
+    return dtype if operand == "fp8" else torch.float32
 
 
 def sums_partials(operand: str, splits: int, rank: int) -> bool:

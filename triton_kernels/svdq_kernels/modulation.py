@@ -1,11 +1,11 @@
 """What an activation kernel needs to normalise and modulate x as it reads it, of two streams by one launch.
 
     mean, deviation = moments of each row of x; deviation is the reciprocal of the standard deviation
-    D = round(L2 * s * (1 + gain))          sums = [sum of D, sum of s * L2 * shift], of each rank, in slices of K
+    D = round(L2 * s * (1 + gain))          sums = [sum of D, sum of s * L2 * shift], of each rank over a slice of K
 
-With them ``h = ((x - mean) * deviation * (1 + gain) + shift) * s @ L2.T`` takes x as it lies in memory:
+With them ``h = ((x - mean) * deviation * (1 + gain) + shift) * s @ L2.T`` takes x as it lies in memory. Of each slice:
 
-    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]          with the slices' sums added up
+    h = (x @ D.T - mean * sums[0]) * deviation + sums[1]
 """
 
 import torch
@@ -35,21 +35,34 @@ def find_moments(row, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS: tl.cons
 
 @triton.jit
 def modulate_down(
-    program, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R: tl.constexpr, STEP: tl.constexpr
+    program,
+    down_ptr,
+    s_ptr,
+    gain_ptr,
+    shift_ptr,
+    modulated_ptr,
+    sums_ptr,
+    K,
+    R: tl.constexpr,
+    SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
-    """A slice of one rank of D, and its two sums.
+    """Some slices of one rank of D, and their two sums.
 
     Args:
-        program: which of the R ranks of which slice.
+        program: which of the R ranks of which slices.
         down_ptr: L2 [R, K], contiguous.
         s_ptr, gain_ptr, shift_ptr: [K]; s_ptr may be None.
         modulated_ptr: D [R, K], L2's dtype.
-        sums_ptr: float32 [ceil(K / STEP), 2, R].
-        STEP: columns of a slice.
+        sums_ptr: float32 [ceil(K / SLICE), 2, R].
+        SLICE: columns of a slice.
+        SLICES: of a program.
     """
-    part, rank = program // R, program % R
-    offs_k = part * STEP + tl.arange(0, STEP)
-    mask = offs_k < K
+    rank = program % R
+    parts = (program // R) * SLICES + tl.arange(0, SLICES)
+    columns = tl.arange(0, triton.next_power_of_2(SLICE))
+    offs_k = parts[:, None] * SLICE + columns[None, :]
+    mask = (columns < SLICE)[None, :] & (offs_k < K)
     wide = tl.load(down_ptr + rank * K + offs_k, mask=mask, other=0.0).to(tl.float32)
     if s_ptr is not None:
         wide *= tl.load(s_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
@@ -57,15 +70,16 @@ def modulate_down(
     gain = 1.0 + tl.load(gain_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
     modulated = (wide * gain).to(modulated_ptr.dtype.element_ty)
     tl.store(modulated_ptr + rank * K + offs_k, modulated, mask=mask)
+    where = sums_ptr + 2 * parts * R + rank
     # What was rounded, once for the product and for the sum.
-    tl.store(sums_ptr + 2 * part * R + rank, tl.sum(modulated.to(tl.float32), 0))
-    tl.store(sums_ptr + 2 * part * R + R + rank, tl.sum(wide * shift, 0))
+    tl.store(where, tl.sum(modulated.to(tl.float32), 1), mask=parts * SLICE < K)
+    tl.store(where + R, tl.sum(wide * shift, 1), mask=parts * SLICE < K)
 
 
 @triton.jit
-def down_programs(K, R: tl.constexpr, STEP: tl.constexpr):
+def down_programs(K, R: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr):
     """Programs that make a stream's D."""
-    return R * tl.cdiv(K, STEP)
+    return R * tl.cdiv(K, SLICE * SLICES)
 
 
 @triton.jit
@@ -84,14 +98,16 @@ def modulate_stream(
     stride_xm,
     R: tl.constexpr,
     EPS: tl.constexpr,
+    SLICE: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """One program's share of a stream: the first take a slice of a rank each, the others a row; arguments as above."""
-    of_down = down_programs(K, R, STEP)
+    """One program's share of a stream: the first take slices of a rank each, the others a row; arguments as above."""
+    of_down = down_programs(K, R, SLICE, SLICES)
     if program < of_down:
         if R > 0:
-            modulate_down(program, down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr, K, R, STEP)
+            own = (down_ptr, s_ptr, gain_ptr, shift_ptr, modulated_ptr, sums_ptr)
+            modulate_down(program, *own, K, R, SLICE, SLICES)
     elif x_ptr is not None:
         find_moments(program - of_down, x_ptr, mean_ptr, deviation_ptr, K, stride_xm, EPS, BLOCK_K)
 
@@ -125,9 +141,12 @@ def _modulation_kernel(
     R1: tl.constexpr,
     EPS0: tl.constexpr,
     EPS1: tl.constexpr,
+    SLICE0: tl.constexpr,
+    SLICE1: tl.constexpr,
+    SLICES0: tl.constexpr,
+    SLICES1: tl.constexpr,
     TWO: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEP: tl.constexpr,
 ):
     """Both streams, or the first; arguments as :func:`modulate_stream`'s with the stream's number.
 
@@ -136,7 +155,7 @@ def _modulation_kernel(
         M0: rows of the first stream whose moments are to be found.
     """
     program = tl.program_id(0)
-    of_first = down_programs(K0, R0, STEP) + M0
+    of_first = down_programs(K0, R0, SLICE0, SLICES0) + M0
     if program < of_first:
         modulate_stream(
             program,
@@ -153,8 +172,9 @@ def _modulation_kernel(
             stride_x0m,
             R0,
             EPS0,
+            SLICE0,
+            SLICES0,
             BLOCK_K,
-            STEP,
         )
     elif TWO:
         modulate_stream(
@@ -172,8 +192,9 @@ def _modulation_kernel(
             stride_x1m,
             R1,
             EPS1,
+            SLICE1,
+            SLICES1,
             BLOCK_K,
-            STEP,
         )
 
 
@@ -191,6 +212,7 @@ STREAM = {
     "stride_x{}m": "stride",
     "R{}": "rank",
     "EPS{}": "eps",
+    "SLICE{}": "slice",
 }
 """The kernel's parameters -> what a stream calls them."""
 
@@ -198,9 +220,9 @@ STEP = 1024
 """Columns of L2 a program takes: few enough that it is done when those that find a row's moments are."""
 
 
-def slices(k: int) -> int:
-    """In how many parts D's sums come."""
-    return -(-k // STEP)
+def slices(columns: int) -> int:
+    """How many slices of so many columns a program takes, a power of two."""
+    return max(1, STEP // triton.next_power_of_2(columns))
 
 
 def programs(streams: list[dict[str, object]], rows: list[object]) -> object:
@@ -210,7 +232,7 @@ def programs(streams: list[dict[str, object]], rows: list[object]) -> object:
         streams: as :func:`arguments` takes them.
         rows: of each, those whose moments are to be found.
     """
-    return sum(rows) + sum(each["rank"] * slices(each["k"]) for each in streams)
+    return sum(rows) + sum(each["rank"] * -(-each["k"] // (each["slice"] * slices(each["slice"]))) for each in streams)
 
 
 def configuration(k: int) -> dict[str, int]:
@@ -220,19 +242,21 @@ def configuration(k: int) -> dict[str, int]:
         k: the most columns of a stream.
     """
     block_k = max(32, triton.next_power_of_2(k))
-    return {"BLOCK_K": block_k, "STEP": STEP, "num_warps": max(1, min(block_k // 1024, 8))}
+    return {"BLOCK_K": block_k, "num_warps": max(1, min(block_k // 1024, 8))}
 
 
 def arguments(streams: list[dict[str, object]], rows: object) -> dict[str, object]:
     """What a launch takes of one or two streams, by the kernel's parameters' names; absent ones are None.
 
     Args:
-        streams: of each the values of :data:`STREAM`; k, stride and eps of an x that is absent are any.
+        streams: of each the values of :data:`STREAM`; k, stride and eps of an x that is absent are any, and so is the
+            slice of one without a low-rank branch.
         rows: rows of the first stream whose moments are to be found.
     """
     first, *others = streams
-    second = others[0] if others else dict.fromkeys(STREAM.values()) | {"rank": 0, "eps": 0.0}
+    second = others[0] if others else dict.fromkeys(STREAM.values()) | {"rank": 0, "eps": 0.0, "slice": 1}
     given = {name.format(i): each[own] for name, own in STREAM.items() for i, each in enumerate((first, second))}
+    given |= {f"SLICES{i}": slices(each["slice"]) for i, each in enumerate((first, second))}
     return given | {"M0": rows, "TWO": bool(others)}
 
 
@@ -243,6 +267,7 @@ def modulate(
     shift: list[torch.Tensor],
     lora_down: list[torch.Tensor | None],
     eps: list[float],
+    slice_columns: list[int],
 ) -> list[tuple[torch.Tensor | None, ...]]:
     """Moments of x, and L2 as it multiplies x, of one or two streams.
 
@@ -252,20 +277,23 @@ def modulate(
         gain, shift: [K], contiguous.
         lora_down: L2 [R, K], contiguous, or None.
         eps: added to the variance.
+        slice_columns: of a slice of K.
 
     Returns:
         Of each stream mean and deviation, float32 [M], or None; D, L2's dtype [R, K], and sums, float32
-        [slices(K), 2, R], or None.
+        [ceil(K / slice_columns), 2, R], or None.
     """
     streams, results = [], []
-    for x_i, s, g, shift_i, down, eps_i in zip(x, pre_quant_scale, gain, shift, lora_down, eps, strict=True):
+    given = zip(x, pre_quant_scale, gain, shift, lora_down, eps, slice_columns, strict=True)
+    for x_i, s, g, shift_i, down, eps_i, columns in given:
         k, rank = g.numel(), 0 if down is None else down.shape[0]
         empty = {"dtype": torch.float32, "device": g.device}
         mean, deviation = (None, None) if x_i is None else (torch.empty(x_i.shape[0], **empty) for _ in range(2))
-        modulated, sums = (torch.empty_like(down), torch.empty(slices(k), 2, rank, **empty)) if rank else (None, None)
+        size = (-(-k // columns), 2, rank)
+        modulated, sums = (torch.empty_like(down), torch.empty(size, **empty)) if rank else (None, None)
         own = (x_i, s, g, shift_i, down if rank else None, mean, deviation, modulated, sums)
         stride = 0 if x_i is None else x_i.stride(0)
-        streams.append(dict(zip(STREAM.values(), (*own, k, stride, rank, eps_i), strict=True)))
+        streams.append(dict(zip(STREAM.values(), (*own, k, stride, rank, eps_i, columns), strict=True)))
         results.append((mean, deviation, modulated, sums))
     rows = [0 if each is None else each.shape[0] for each in x]
     count = programs(streams, rows)
