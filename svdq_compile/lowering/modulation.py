@@ -23,11 +23,13 @@ class Modulation:
         x: [M, K], what is normalised and modulated.
         arguments: the activation kernel's, by its parameters' names.
         down: L2 as it multiplies x, or None.
+        config: the activation kernel's constants, whose slices of K the sums are of.
     """
 
     x: Tensor
     arguments: dict[str, Tensor | None]
     down: Tensor | None
+    config: dict[str, int]
 
 
 NONE: dict[str, Tensor | None] = dict.fromkeys(("mean_ptr", "deviation_ptr", "gain_ptr", "shift_ptr", "sums_ptr"))
@@ -87,10 +89,10 @@ def _launched(found: Sequence[tuple[Call, Parts]], operand: str) -> list[Modulat
             }
         )
         own = {"mean_ptr": mean, "deviation_ptr": deviation, "gain_ptr": gain, "shift_ptr": shift, "sums_ptr": sums}
-        results.append(Modulation(x, own, down))
+        results.append(Modulation(x, own, down, config))
     programs = kernels.programs(streams, rows)
     if programs != 0:
-        config = kernels.configuration(max(call.in_features for call, _ in found))
-        warps = config.pop("num_warps")
-        launch.launch(kernels._modulation_kernel, [programs, 1, 1], kernels.arguments(streams, rows[0]) | config, warps)
+        own = kernels.configuration(max(call.in_features for call, _ in found))
+        warps = own.pop("num_warps")
+        launch.launch(kernels._modulation_kernel, [programs, 1, 1], kernels.arguments(streams, rows[0]) | own, warps)
     return results

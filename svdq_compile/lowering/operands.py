@@ -72,11 +72,12 @@ def _prepare(
     scaled = operand in kernels.TOKEN_RANGE
     x, s = _activation(call, call.x if modulated is None else modulated.x)
     few_tokens = kernels.takes_few(call.hint, call.rank, modulated is not None)
-    config = (
-        few.configuration(k, call.rank)
-        if few_tokens
-        else kernels.configuration(call.hint, k, call.rank, operand, modulated is not None)
-    )
+    if modulated is not None:
+        config = dict(modulated.config)
+    elif few_tokens:
+        config = few.configuration(k, call.rank)
+    else:
+        config = kernels.configuration(call.hint, k, call.rank, operand)
     warps = config.pop("num_warps")
     splits = 1 if few_tokens else -(-k // config["SPLIT_K"])
     parts_dtype = call.dtype if few_tokens else kernels.partials_dtype(operand, call.dtype)

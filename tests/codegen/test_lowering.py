@@ -1,5 +1,7 @@
 """The code Inductor generates for quantised linears, on GPUs that need not be there."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,14 @@ def test_projections_of_several_slices_are_summed_once(dynamic):
     linear = random_linear(256, 1024, compute="fp8")
     for tokens in (17, 1023, 2048):
         assert stems(generate(linear, (torch.randn(tokens, 1024).bfloat16(),), dynamic=dynamic)) == SUMMED
+
+
+@pytest.mark.parametrize(("mode", "parts"), [("fp8", "bfloat16"), ("nvfp4", "float32"), ("bf16", "float32")])
+def test_parts_of_projections_are_rounded_beside_e4m3_operands_only(mode, parts):
+    code = generate(random_linear(256, 1024, compute=mode, rank=16), (torch.randn(2048, 1024).bfloat16(),))
+    found = dict(re.findall(r"empty_strided_cuda\(\((\d+), 2048, 16\), .*?, torch\.(\w+)\)", code))
+    assert found.pop("1") == "bfloat16"
+    assert list(found.values()) == [parts]
 
 
 @pytest.mark.parametrize("mode", ["fp8", "nvfp4", "bf16"])
