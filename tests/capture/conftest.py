@@ -37,6 +37,9 @@ def denoise():
 
     ``size`` is height and width in pixels, ``prompts`` the tokens of the prompt and of the negative one, which are
     random. The transformer has 64 input channels, which the pipeline packs 2 x 2.
+
+    Bits of a compiled one are the same from its second step on: code for the second prompt is code for any length and
+    serves the first prompt too from then on, and Inductor times kernels of its own for each.
     """
     demo = Path(__file__).parents[2] / "examples" / "demo" / "pipeline"
 
