@@ -1,6 +1,6 @@
 # A virtual environment of its own, made once; every target needs Python 3.10+ and make, nothing else.
 PYTHON ?= python3
-# Any from 2.11 to 2.15 works; later Tritons spill registers in kernels whose tests count them.
+# Any from 2.11 to 2.15 works; other Tritons spill registers in a few kernels whose tests count them.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV ?= .venv
