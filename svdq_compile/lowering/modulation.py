@@ -92,7 +92,8 @@ def _launched(found: Sequence[tuple[Call, Parts]], operand: str) -> list[Modulat
         results.append(Modulation(x, own, down, config))
     programs = kernels.programs(streams, rows)
     if programs != 0:
-        own = kernels.configuration(max(call.in_features for call, _ in found))
-        warps = own.pop("num_warps")
-        launch.launch(kernels._modulation_kernel, [programs, 1, 1], kernels.arguments(streams, rows[0]) | own, warps)
+        constants = kernels.configuration(max(call.in_features for call, _ in found))
+        warps = constants.pop("num_warps")
+        given = kernels.arguments(streams, rows[0]) | constants
+        launch.launch(kernels._modulation_kernel, [programs, 1, 1], given, warps)
     return results

@@ -370,6 +370,10 @@ def test_a_modulated_norm_leaves_nothing_but_its_moments(dynamic):
     assert stems(code) == 2 * ["_modulation_kernel", *SUMMED]
     finding = [kernel for kernel in kernels(code) if "'mean0_ptr': '*fp32'" in kernel.source]
     assert [kernel.launches for kernel in finding] == [1]
+    # A part of the projection takes the sums of its own slice.
+    summed, projected = (set(re.findall(rf"'{name}': (\d+)", code)) for name in ("SLICE0", "SPLIT_K"))
+    assert len(summed) == 1
+    assert summed == projected
 
 
 def test_a_norm_that_autocast_computes_in_float32_stays_float32():

@@ -137,7 +137,7 @@ def make_streams(sizes, dtype, ranks, smooth, moments, seed, device="cuda"):
         [modulation[3] for *_, modulation in given],
         [down for _, _, _, down, _ in given],
         [1e-6 * (i + 1) for i in range(len(given))],
-        [(448, 64, 1024, 128)[(seed + i) % 4] for i in range(len(given))],
+        [(128, 64, 1024, 448)[(seed + i) % 4] for i in range(len(given))],
     )
 
 

@@ -232,7 +232,8 @@ def programs(streams: list[dict[str, object]], rows: list[object]) -> object:
         streams: as :func:`arguments` takes them.
         rows: of each, those whose moments are to be found.
     """
-    return sum(rows) + sum(each["rank"] * -(-each["k"] // (each["slice"] * slices(each["slice"]))) for each in streams)
+    of_down = (each["rank"] * triton.cdiv(each["k"], each["slice"] * slices(each["slice"])) for each in streams)
+    return sum(rows) + sum(of_down)
 
 
 def configuration(k: int) -> dict[str, int]:
