@@ -5,8 +5,9 @@
         python -m svdq_compile.testing.every_kernel fp8 packed
 
 The arguments are a compute mode and a storage. PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of
-its own, whose end memcheck sees; a run without the tool before fills the compilers' caches. racecheck reports hazards
-inside of cuDNN's attention, which orders its warps by other means than barriers.
+its own, whose end memcheck sees; a run without the tool before fills the compilers' caches. Both take
+TORCHINDUCTOR_COMPILE_THREADS=1: with Inductor's compile workers the tool can crash. racecheck reports hazards inside of
+cuDNN's attention, which orders its warps by other means than barriers.
 """
 
 from __future__ import annotations
