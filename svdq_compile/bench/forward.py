@@ -1,4 +1,4 @@
-"""One run of ``bench forward``: the environment, every contender in turn, and what their differences say."""
+"""One run of ``bench forward``: the environment, every contender, and variants of ours in turns with the plain one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .forward_measure import Run, measure
 from .forward_models import Contender, config_of, contenders
 from .forward_parts import Breakdown
 from .forward_plan import BF16, FP8, ForwardPlan
-from .forward_report import CAPTURED, COMPILED, TIME_COLUMNS, Row, compile_table, differences, fitted, parts_table
-from .in_turns import Turns, low_rank_cost, turns_table
+from .forward_report import CAPTURED, COMPILED, TIME_COLUMNS, Row, compile_table, fitted, parts_table
+from .in_turns import Turns, against_plain, turns_table
 from .report import FAILED, OK
 from .session import say
 from .stats import ratio
@@ -57,9 +57,9 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
                 say(report.table(rows[-1:], columns))
                 if output is not None:
                     output.add(rows[-1:])
-            if not contender.low_rank and _all_right(rows, contender):
-                turns += _in_turns(shared, dataclasses.replace(contender, low_rank=True))
-    for text in (parts_table(rows), differences(rows), turns_table(turns), compile_table(rows)):
+            if contender.variant and _all_right(rows, contender):
+                turns += _in_turns(shared, contender)
+    for text in (parts_table(rows), turns_table(turns), compile_table(rows)):
         if text:
             say(f"\n{text}")
     if plan.chart is not None:
@@ -70,20 +70,20 @@ def run(plan: ForwardPlan, device: torch.device) -> int:
     return 1 if wrong else 0
 
 
-def _in_turns(shared: Run, contender: Contender) -> list[Turns]:
-    """What the low-rank branches cost, at the sizes where both models could be had at once; else says why not."""
+def _in_turns(shared: Run, variant: Contender) -> list[Turns]:
+    """A variant and the plain one, at the sizes where both models could be had at once; else says why not."""
     found: list[Turns] = []
     try:
-        found.extend(low_rank_cost(shared, contender))
+        found.extend(against_plain(shared, variant))
     except Exception as error:
-        say(f"{contender.label} with and without low-rank branches in turns: {describe(error)}")
+        say(f"{variant.label} and {variant.plain.label} in turns: {describe(error)}")
     return found
 
 
-def _all_right(rows: list[Row], contender: Contender) -> bool:
-    """Whether every row of a contender and its variants could be measured."""
-    case = contender.name, contender.mode, contender.storage
-    return all(row.status == OK for row in rows if (row.contender, row.mode, row.storage) == case)
+def _all_right(rows: list[Row], variant: Contender) -> bool:
+    """Whether every row of a variant and of the plain one could be measured."""
+    pair = [(each.name, each.mode, each.storage, each.variant) for each in (variant, variant.plain)]
+    return all(row.status == OK for row in rows if (row.contender, row.mode, row.storage, row.variant) in pair)
 
 
 def compared(row: Row, earlier: list[Row]) -> Row:

@@ -46,6 +46,11 @@ class Contender:
         return self.name == OURS
 
     @property
+    def plain(self) -> Contender:
+        """The same with nothing left out or switched off."""
+        return dataclasses.replace(self, low_rank=True, skipped="")
+
+    @property
     def label(self) -> str:
         """Name, mode, storage and variant."""
         return " ".join(part for part in (self.name, self.mode, self.storage, self.variant) if part)

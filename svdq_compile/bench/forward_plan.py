@@ -39,8 +39,8 @@ class ForwardPlan:
         whole: the model is compiled as a whole, not block by block.
         dynamic: sizes share compiled code, as in one process that draws them in turn; else each has its own.
         capture: ours are measured in a CUDA graph as well.
-        lora_cost: ours are measured without their low-rank branches as well.
-        ablate: ours are measured with each graph pass switched off in turn as well.
+        lora_cost: ours are measured without their low-rank branches as well, and in turns with them.
+        ablate: ours are measured with each graph pass switched off as well, and in turns with all of them.
         compile_time: compilation is measured in processes of their own as well.
         repeats: timed forwards.
         kernels: how many kernels of each contender are listed by time.

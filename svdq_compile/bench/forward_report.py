@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from .forward_parts import PARTS
 from .report import FAILED, OK, SKIPPED, Column, header, table
-from .stats import number, ratio
+from .stats import number
 
 NAN = math.nan
 COMPILED, CAPTURED = "compiled", "captured"
@@ -195,22 +195,3 @@ def compile_table(rows: Iterable[Row]) -> str:
 
 def _table_of(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     return f"{header(columns)}\n{table(rows, columns)}" if rows else ""
-
-
-def differences(rows: Sequence[Row]) -> str:
-    """What the variants of ours take less or more than the plain one: the low-rank branch, and each pass."""
-    plain = {_key(row): row for row in rows if row.status == OK and not row.variant}
-    found = [(row, plain.get(_key(row))) for row in rows if row.variant and row.status == OK]
-    pairs = [(row, base) for row, base in found if base is not None]
-    width = max((len(row.label) for row, _ in pairs), default=0)
-    lines = [f"{'size':9}  {'switched off':{width}}  {'change ms':>9}  {'%':>6}  {'launches a block':>16}"]
-    for row, base in pairs:
-        change = row.p50_ms - base.p50_ms
-        numbers = f"{number(change, 2):>9}  {number(100 * ratio(change, base.p50_ms), 1):>6}"
-        launches = number(row.launches_per_block - base.launches_per_block, 1)
-        lines.append(f"{row.size:9}  {row.label:{width}}  {numbers}  {launches:>16}")
-    return "\n".join(lines) if pairs else ""
-
-
-def _key(row: Row) -> tuple:
-    return row.size, row.contender, row.mode, row.storage, row.how

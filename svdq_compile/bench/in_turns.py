@@ -1,4 +1,4 @@
-"""What the low-rank branches cost: forwards with and without them in turns.
+"""What low-rank branches cost and graph passes buy: forwards with and without each in turns.
 
 A few percent are less than clocks and heat make of the minutes between one contender of a run and the next.
 """
@@ -29,26 +29,31 @@ class Turns:
 
     Args:
         size: of the image.
-        label: of the contender.
-        with_ms, without_ms: a forward with and without the low-rank branches.
+        label: of the variant, which says what is switched off.
+        plain_ms, variant_ms: a forward with everything, and one without that.
     """
 
     size: str
     label: str
-    with_ms: float
-    without_ms: float
+    plain_ms: float
+    variant_ms: float
+
+    @property
+    def change_ms(self) -> float:
+        """What a forward takes more without it; negative for what costs time."""
+        return self.variant_ms - self.plain_ms
 
     @property
     def percent(self) -> float:
-        """The branches' share of the forward."""
-        return 100 * ratio(self.with_ms - self.without_ms, self.with_ms)
+        """The same as a share of the forward with everything."""
+        return 100 * ratio(self.change_ms, self.plain_ms)
 
 
-def low_rank_cost(run: Run, contender: Contender) -> Iterator[Turns]:
-    """One of ours with its branches and without, both in memory, at every size; captured where the plan captures."""
+def against_plain(run: Run, variant: Contender) -> Iterator[Turns]:
+    """One of ours with everything and a variant, both in memory, at every size; captured where the plan captures."""
     plan = run.plan
     try:
-        pair = [contender, dataclasses.replace(contender, low_rank=False)]
+        pair = [variant.plain, variant]
         models = [
             forward_models.compile_model(forward_models.build(each, plan, run.device), each, plan) for each in pair
         ]
@@ -63,7 +68,7 @@ def low_rank_cost(run: Run, contender: Contender) -> Iterator[Turns]:
                         stack.callback(capture(model, strict=True).release)
                         forward()
                 medians = [percentile(samples, 50) for samples in _samples(run, forwards)]
-            label = f"{contender.label} {CAPTURED}" if plan.capture and run.gpu else contender.label
+            label = f"{variant.label} {CAPTURED}" if plan.capture and run.gpu else variant.label
             yield Turns("x".join(map(str, size)), label, *medians)
     finally:
         torch._dynamo.reset()
@@ -83,10 +88,11 @@ def _samples(run: Run, forwards: list) -> list[list[float]]:
 
 def turns_table(found: list[Turns]) -> str:
     """A line a size; empty if nothing was measured."""
-    title = "low-rank branches"
+    title = "switched off, in turns"
     width = max(len(title), *(len(turns.label) for turns in found)) if found else 0
-    lines = [f"{'size':9}  {title:{width}}  {'with ms':>8}  {'without ms':>10}  {'%':>5}"]
+    lines = [f"{'size':9}  {title:{width}}  {'with ms':>8}  {'without ms':>10}  {'change ms':>9}  {'%':>6}"]
     for turns in found:
-        numbers = f"{number(turns.with_ms, 2):>8}  {number(turns.without_ms, 2):>10}  {number(turns.percent, 1):>5}"
-        lines.append(f"{turns.size:9}  {turns.label:{width}}  {numbers}")
+        times = f"{number(turns.plain_ms, 2):>8}  {number(turns.variant_ms, 2):>10}"
+        change = f"{number(turns.change_ms, 2):>9}  {number(turns.percent, 1):>6}"
+        lines.append(f"{turns.size:9}  {turns.label:{width}}  {times}  {change}")
     return "\n".join(lines) if found else ""

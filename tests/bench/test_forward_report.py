@@ -48,20 +48,6 @@ def test_speedups_are_over_the_peers_of_the_same_size():
     assert failed.speedup_bf16 != failed.speedup_bf16
 
 
-def test_differences_compare_variants_with_the_plain_one():
-    rows = [
-        profiled(100.0, 60, 20, 10, 5),
-        profiled(97.0, 58, 20, 9, 5, variant="rank 0", rank=0),
-        profiled(110.0, 60, 20, 10, 15, launches=1200, variant="no real_rope"),
-        profiled(50.0, 60, 20, 10, 5, height=512),
-        profiled(40.0, 60, 20, 10, 5, mode="nvfp4", variant="rank 0"),
-    ]
-    lines = reports.differences(rows).splitlines()
-    assert [line.split()[-3:] for line in lines[1:]] == [["-3.00", "-3.0", "0.0"], ["10.00", "10.0", "10.0"]]
-    assert "no real_rope" in lines[2]
-    assert reports.differences(rows[:1]) == ""
-
-
 def test_parts_and_idle_time():
     assert reports.parts_table([row(1.0)]) == ""
     line = reports.parts_table([profiled(100.0, 60, 20, 10, 5)]).splitlines()[1]

@@ -137,16 +137,17 @@ def test_a_peer_that_is_not_installed_is_a_row_with_the_reason(uncompiled, monke
     assert ours["speedup_fp8"] == ""
 
 
-def test_variants_are_rows_and_differences(uncompiled, monkeypatch, capsys):
+def test_variants_are_rows_and_take_turns_with_the_plain_one(uncompiled, monkeypatch, capsys):
     monkeypatch.setattr(options, "OPTIONAL_PASSES", ("real_rope",))
     assert main([*TINY, *FP8, "--peers", "none", "--lora-cost", "--ablate"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    switched_off = lines[next(i for i, line in enumerate(lines) if "switched off" in line) + 1 :]
-    assert ["rank 0" in switched_off[0], "no real_rope" in switched_off[1]] == [True, True]
-    in_turns = lines[next(i for i, line in enumerate(lines) if "low-rank branches" in line) + 1].split()
-    assert in_turns[:4] == ["64x48", "svdq", "fp8", "packed"]
-    with_branches, without, percent = map(float, in_turns[4:])
-    assert percent == pytest.approx(100 * (with_branches - without) / with_branches, abs=0.2)
+    start = next(i for i, line in enumerate(lines) if "switched off, in turns" in line) + 1
+    for line, variant in zip(lines[start : start + 2], ("rank 0", "no real_rope"), strict=True):
+        words = line.split()
+        assert words[:6] == ["64x48", "svdq", "fp8", "packed", *variant.split()]
+        plain, without, change, percent = map(float, words[6:])
+        assert change == pytest.approx(without - plain, abs=0.011)
+        assert percent == pytest.approx(100 * change / plain, abs=0.2)
 
 
 def test_models_that_do_not_fit_beside_each_other_have_no_turns(uncompiled, monkeypatch, capsys):
@@ -154,12 +155,11 @@ def test_models_that_do_not_fit_beside_each_other_have_no_turns(uncompiled, monk
         raise torch.OutOfMemoryError("no room")
         yield
 
-    monkeypatch.setattr(forward, "low_rank_cost", no_room)
+    monkeypatch.setattr(forward, "against_plain", no_room)
     assert main([*TINY, *FP8, "--peers", "none", "--lora-cost"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "svdq fp8 packed with and without low-rank branches in turns: OutOfMemoryError: no room" in lines
-    assert not any(line.split()[1:3] == ["low-rank", "branches"] for line in lines)
-    assert any("switched off" in line for line in lines)
+    assert "svdq fp8 packed rank 0 and svdq fp8 packed in turns: OutOfMemoryError: no room" in lines
+    assert not any("switched off, in turns" in line for line in lines)
 
 
 class Handle:
