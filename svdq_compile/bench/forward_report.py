@@ -1,4 +1,4 @@
-"""Measured forwards as rows: tables on the screen, one line of CSV each, and what follows from comparing them."""
+"""Measured forwards as rows: tables on the screen and one line of CSV each."""
 
 from __future__ import annotations
 

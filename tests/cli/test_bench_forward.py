@@ -150,6 +150,20 @@ def test_variants_are_rows_and_take_turns_with_the_plain_one(uncompiled, monkeyp
         assert percent == pytest.approx(100 * change / plain, abs=0.2)
 
 
+@pytest.mark.parametrize("low_rank", [True, False], ids=["the plain one", "the variant"])
+def test_wrong_results_take_no_turns(monkeypatch, capsys, low_rank):
+    def wrong(model, contender, plan):
+        forward = model.forward
+        model.forward = lambda **inputs: (forward(**inputs)[0] * (1.5 if contender.low_rank is low_rank else 1.0),)
+        return model
+
+    monkeypatch.setattr(forward_models, "compile_model", wrong)
+    assert main([*TINY, *FP8, "--peers", "none", "--lora-cost"]) == 1
+    text = capsys.readouterr().out
+    assert "1 of 2 FAILED" in text
+    assert "in turns" not in text
+
+
 def test_models_that_do_not_fit_beside_each_other_have_no_turns(uncompiled, monkeypatch, capsys):
     def no_room(run, contender):
         raise torch.OutOfMemoryError("no room")
